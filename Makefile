@@ -1,0 +1,34 @@
+# make demo: train SLAT on 2,000 real CIFAR-10 images and attack it. make test: lint and tests.
+# Both set up .venv on first use; PYTHON=python3.12 make demo takes another interpreter.
+PYTHON ?= python3
+PY = .venv/bin/python
+
+.PHONY: demo test clean
+
+demo: .venv/run
+	@$(PY) train_slat.py --dataset data/cifar10_tiny.npz --depth 10 --width 2 --epochs 24 --batch-size 64 \
+		--eps 8 --layers 0,conv1,conv2 --monitor 100 --out runs/demo --overwrite
+	@$(PY) eval_attacks.py runs/demo --attack fgsm,pgd --eps 8 --n 200 \
+		--json runs/demo/eval.json --examples runs/demo/examples.png
+
+test: .venv/dev
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	@$(PY) -m pytest -q
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+		|| { echo "make: install Python 3.10 or newer ($(PYTHON) is missing or older), or name one: PYTHON=python3.12 make"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "make: $(PYTHON) lacks venv or pip: install them (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@$(PYTHON) -m venv .venv
+
+.venv/run: .venv/bin/python requirements.txt
+	@echo "installing torch, torchvision and numpy into .venv: once, a minute or more, up to 6 GB"
+	@$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt && touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	@echo "installing the tests' tools into .venv"
+	@$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt && touch $@
+
+clean:
+	rm -rf .venv runs/demo

@@ -1,0 +1,651 @@
+"""What every train_*.py needs and a reader of a method does not: flags, data, schedule, run folder, monitor."""
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from eval_attacks import pgd, predict
+from wrn import load_file
+
+# ---------------------------------------------------------------- errors
+
+
+def fail(message, code=2):
+    """End the program with one line on stderr: 2 is what the user can mend, 1 a fault in the middle of a run."""
+    sys.stdout.flush()
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def launch(main):
+    """Run main(); what a user can cause ends in one line instead of a traceback."""
+    try:
+        main()
+    except OSError as error:
+        fail(f"{error.strerror or error}: {error.filename}" if error.filename else error)
+    except torch.OutOfMemoryError:
+        fail("out of device memory: give a smaller --batch-size, --width or --depth", 1)
+    except KeyboardInterrupt:
+        fail("interrupted (--resume goes on with a training run from its last finished epoch)", 130)
+
+
+# ---------------------------------------------------------------- flags
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but no (default: None) and no (default: False)."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage in front."""
+
+    def error(self, message):
+        fail(message)
+
+
+def number(kind, low, high=math.inf, below=math.inf):
+    """An argparse type: a number of that kind in [low, high] that is less than `below`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number") from None
+        if not (low <= value <= high and value < below):
+            top = f"less than {below:g}" if below < math.inf else f"at most {high:g}"
+            top = "" if math.isinf(min(high, below)) else f" and {top}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: at least {low:g}{top}")
+        return value
+
+    return parse
+
+
+def make_parser(doc):
+    """A parser with the flags that every training script shares; doc is the script's docstring."""
+    parser = Parser(
+        description=doc.split("\n\n")[0], epilog="eps and step sizes are in units of 1/255.", formatter_class=Help
+    )
+    add = parser.add_argument
+    add("--eps", type=number(float, 0, 255), default=8.0, help="l-infinity radius, in 1/255")
+    add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
+    add("--batch-size", type=number(int, 2), default=128, help="the last partial batch is dropped")
+    add("--lr-max", type=number(float, 0), default=0.2, help="peak of the cyclic learning rate")
+    add("--weight-decay", type=number(float, 0), default=5e-4, help="on all parameters")
+    add(
+        "--momentum-cycle",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="momentum falls to 0.8 where the learning rate peaks; off: always 0.9",
+    )
+    add("--dataset", default="cifar10", help="cifar10, cifar100 or the path of an .npz")
+    add("--data-dir", default="data", help="where cifar10 and cifar100 are, or are downloaded to")
+    add("--limit-train", type=number(int, 1), metavar="N", help="train on the first N training images")
+    add("--depth", type=number(int, 10), default=28, help="of the WideResNet: 6n + 4")
+    add("--width", type=number(int, 1), default=10, help="of the WideResNet")
+    add("--dropout", type=number(float, 0, below=1), default=0.3, help="in every block")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="fixes everything on one machine")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--monitor", type=number(int, 1), default=1000, metavar="N", help="images for the accuracies after an epoch")
+    add("--out", metavar="DIR", help="run folder (default: runs/METHOD_DATASET_epsEPS_seedSEED)")
+    add("--resume", action="store_true", help="go on from DIR/checkpoint.pt")
+    add("--overwrite", action="store_true", help="replace the run that DIR holds")
+    return parser
+
+
+def parse(parser):
+    """The checked arguments: device and precision settled, out filled in."""
+    args = parser.parse_args()
+    if (args.depth - 4) % 6:
+        parser.error(f"argument --depth: {args.depth} is not 6n + 4: 10, 16, 22, 28, 34, 40, ...")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
+    args.device = str(find_device(args.device))
+    if args.precision == "auto":
+        args.precision = "bf16" if has_bf16(args.device) else "fp32"
+    if args.compile and args.device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        parser.error("--compile on a CPU needs a C++ compiler: install g++, or leave --compile out")
+    if args.out is None:
+        method = parser.prog.removeprefix("train_").removesuffix(".py")
+        args.out = f"runs/{method}_{Path(args.dataset).stem}_eps{args.eps:g}_seed{args.seed}"
+    if 0 < args.eps < 1:
+        print(f"note: --eps {args.eps:g} is in units of 1/255", file=sys.stderr)
+    return args
+
+
+# ---------------------------------------------------------------- device
+
+
+def find_device(name):
+    """torch.device of a --device flag, checked to be there. Float32 means float32 on it: no TF32."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        have = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        fail(f"argument --device: no device {name!r} here, only {', '.join(have)}")
+    torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
+def has_bf16(device):
+    """Does this device's hardware compute in bfloat16?"""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device == "cpu" and Path("/proc/cpuinfo").exists():
+        flags = Path("/proc/cpuinfo").read_text().split()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
+def autocast(args):
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def versions(device):
+    """What a number depends on beside its flags."""
+    if str(device).startswith("cuda"):
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        name = re.search(r"model name\s*: (.*)", cpuinfo)
+        hardware = f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": sys.version.split()[0],
+        "device": str(device),
+        "hardware": hardware,
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+# ---------------------------------------------------------------- data
+
+
+class Data:
+    """A data set that lives on the device as uint8: train_x padded by 4 zero pixels, test_x as it is."""
+
+    def __init__(self, name, classes, arrays, device, limit_train=None):
+        if "train_x" in arrays:
+            x, y = arrays["train_x"], arrays["train_y"]
+            # The network's normalisation: of all training images, whatever --limit-train.
+            histograms = [np.bincount(x[..., c].ravel(), minlength=256) / x[..., c].size for c in range(3)]
+            value = np.arange(256) / 255
+            self.mean = [float(h @ value) for h in histograms]
+            self.std = [float(max(np.sqrt(h @ (value - m) ** 2), 1e-3)) for h, m in zip(histograms, self.mean)]
+            x = torch.from_numpy(x[:limit_train])
+            self.train_x = F.pad(x, (0, 0, 4, 4, 4, 4)).to(device)
+            self.train_y = torch.from_numpy(y[:limit_train].astype(np.int64)).to(device)
+        self.test_x = torch.from_numpy(arrays["test_x"]).to(device)
+        self.test_y = torch.from_numpy(arrays["test_y"].astype(np.int64)).to(device)
+        self.name, self.classes, self.device = name, classes, device
+
+    def batches(self, epoch, batch_size, seed):
+        """Yield (x, y) of one epoch: shuffled, cropped after 4 pixels of zero padding, flipped.
+
+        x: (B, 3, H, W) float32 in [0, 1], channels_last. What epoch e of seed s shows depends on
+        (s, e) alone: not on the method, nor the device, nor on what was drawn before.
+        """
+        n = len(self.train_x)
+        random = np.random.Generator(np.random.PCG64([seed, epoch]))
+        order = torch.from_numpy(random.permutation(n)).to(self.device)
+        top, left = torch.from_numpy(random.integers(0, 9, (2, n))).to(self.device)
+        flip = torch.from_numpy(random.random(n) < 0.5).to(self.device)
+        for part in torch.arange(n - n % batch_size, device=self.device).split(batch_size):
+            x = crop_and_flip(self.train_x, order[part], top[part], left[part], flip[part])
+            yield to_float(x), self.train_y[order[part]]
+
+    def train(self, n=None):
+        """The first n training images as they are, (N, 3, H, W) float32 in [0, 1], and their classes."""
+        return to_float(self.train_x[:n, 4:-4, 4:-4]), self.train_y[:n]
+
+    def test(self, n=None):
+        return to_float(self.test_x[:n]), self.test_y[:n]
+
+
+def crop_and_flip(padded, index, top, left, flip):
+    """Crops of padded[index], uint8 (N, H + 8, W + 8, C) -> (B, H, W, C), in one gather.
+
+    top, left: (B,) offsets in 0..8. flip: (B,) bool, mirror left and right after cropping.
+    """
+    height, width = padded.shape[1] - 8, padded.shape[2] - 8
+    rows = top[:, None] + torch.arange(height, device=padded.device)
+    columns = torch.arange(width, device=padded.device).expand(len(index), -1)
+    columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)
+    return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def to_float(images):
+    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1], channels_last."""
+    return images.permute(0, 3, 1, 2).float().div_(255)
+
+
+def load_arrays(name, data_dir):
+    """(arrays, classes) of a data set: cifar10, cifar100 or the path of an .npz."""
+    if name in ("cifar10", "cifar100"):
+        import torchvision.datasets as datasets
+
+        kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+        try:
+            splits = [kind(data_dir, train=train, download=True) for train in (True, False)]
+        except Exception as error:  # the network, the disk, the archive: torchvision raises many kinds
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            fail(
+                f"cannot get {name} into {data_dir} ({reason}): give the --data-dir that has it, or --dataset FILE.npz"
+            )
+        train, test = ((split.data, np.array(split.targets)) for split in splits)
+        return dict(train_x=train[0], train_y=train[1], test_x=test[0], test_y=test[1]), splits[0].classes
+    path = Path(name)
+    if not path.is_file():
+        fail(f"no data set {name!r}: give cifar10, cifar100 or the path of an .npz")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("train_x", "train_y", "test_x", "test_y")}
+            classes = [str(c) for c in file["classes"]] if "classes" in file else None
+    except Exception as error:  # zipfile, zlib, struct, numpy: whatever a damaged file makes them raise
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        fail(f"{path} is no data set, it needs train_x, train_y, test_x, test_y ({reason})")
+    for split in ("train", "test"):
+        x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
+            fail(f"{path}: {split}_x is {x.dtype} {x.shape}, it must be uint8 (N, H, W, 3)")
+        if y.dtype.kind not in "iu" or y.shape != (len(x),):
+            fail(f"{path}: {split}_y is {y.dtype} {y.shape}, it must be whole numbers ({len(x)},)")
+    if arrays["train_x"].shape[1:] != arrays["test_x"].shape[1:]:
+        fail(f"{path}: train_x and test_x hold images of different sizes")
+    count = max(int(arrays["train_y"].max()) + 1, 2)
+    for split in ("train", "test"):
+        y = arrays[f"{split}_y"]
+        if y.min() < 0 or y.max() >= count:
+            bad = y[(y < 0) | (y >= count)][0]
+            fail(f"{path}: label {bad} in {split}_y is out of range, train_y has 0 to {count - 1}")
+    if classes is None or len(classes) != count:
+        classes = [f"class {i}" for i in range(count)]
+    return arrays, classes
+
+
+def load_data(args):
+    """The data set of a training run on its device."""
+    arrays, classes = load_arrays(args.dataset, args.data_dir)
+    data = Data(args.dataset, classes, arrays, args.device, args.limit_train)
+    if len(data.train_x) < args.batch_size:
+        fail(f"{len(data.train_x)} training images are less than one batch of {args.batch_size}: lower --batch-size")
+    return data
+
+
+def load_test_data(args, num_classes):
+    """The data set that eval_attacks.py's flags name: by default what the run was trained on."""
+    if args.dataset is None:
+        folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+        try:
+            args.dataset = json.loads((folder / "config.json").read_text())["dataset"]
+        except (OSError, ValueError, KeyError):
+            fail(f"no config.json in {folder} says what data to use: give --dataset")
+    arrays, classes = load_arrays(args.dataset, args.data_dir)
+    if arrays["test_y"].max() >= num_classes:
+        fail(f"{args.dataset} has {len(classes)} classes and the network {num_classes}")
+    return Data(args.dataset, classes, {k: arrays[k] for k in ("test_x", "test_y")}, args.device)
+
+
+# ---------------------------------------------------------------- schedule
+
+
+def cyclic(progress, lr_max, momentum_cycle=True):
+    """(learning rate, momentum) when a share `progress`, 0 to 1, of all steps is done.
+
+    Linear from 0 to lr_max over the first 40 %, linear to 0 over the rest; the momentum goes
+    0.9, 0.8, 0.9 against it, as torch's CyclicLR lets it do by default.
+    """
+    height = progress / 0.4 if progress < 0.4 else (1 - progress) / 0.6
+    return lr_max * height, 0.9 - 0.1 * height * momentum_cycle
+
+
+# ---------------------------------------------------------------- screen
+
+
+def clock(seconds):
+    """1:02:03, 2:03 or, from two days on, '9.2 days'."""
+    if seconds >= 172800:
+        return f"{seconds / 86400:.1f} days"
+    hours, minutes, seconds = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class StatusLine:
+    """One line that redraws itself on a terminal; where the output is a file, a plain line now and then."""
+
+    def __init__(self):
+        self.terminal = sys.stdout.isatty()
+        self.last = time.monotonic()
+
+    def due(self):
+        """Is it time to show something? Asked first, because what is shown may make the host wait for a GPU."""
+        return time.monotonic() - self.last >= (0.5 if self.terminal else 20)
+
+    def show(self, text):
+        if self.due():
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\033[K{text[:width]}" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
+            self.last = time.monotonic()
+
+    def clear(self):
+        if self.terminal:
+            print("\r\033[K", end="", flush=True)
+
+
+def progress_of_attack(name):
+    """A report for eval_attacks' functions: what is unbroken, and a bound on the time left."""
+    line, start, total = StatusLine(), time.perf_counter(), None
+
+    def report(left, robust):
+        nonlocal total
+        total = total or left
+        if left == 0:
+            line.clear()
+        elif line.due():
+            seconds = (time.perf_counter() - start) * left / max(total - left, 1)
+            unbroken = f"{int(robust.sum()):,} of {len(robust):,} unbroken"
+            line.show(f"{name}: {unbroken}, at most {clock(seconds)} left")
+
+    return report
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_file(path, write):
+    """Call write(file) on a new file beside path, then move it there: path is whole at any time."""
+    path = Path(path)
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text):
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+# ---------------------------------------------------------------- monitor
+
+
+def share(right):
+    """The share of True in a bool tensor."""
+    return int(right.sum()) / right.numel()
+
+
+def monitor(model, x, y, eps):
+    """Clean, FGSM and PGD-10 accuracy in per cent of a network in eval mode; a quick look, not a verdict.
+
+    fgsm is the plain accuracy on x + eps sign(grad), so it can exceed clean (label leaking). pgd10 is
+    eval_attacks.pgd with 10 steps of eps / 4 from one fixed random start.
+    """
+
+    steps = []
+    for part, label in zip(x.split(250), y.split(250)):
+        part = part.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(part).float(), label, reduction="sum"), part)
+        steps.append(gradient.sign())
+    x_fgsm = (x + eps * torch.cat(steps)).clamp(0, 1)
+    return {
+        "clean": 100 * share(predict(model, x) == y),
+        "fgsm": 100 * share(predict(model, x_fgsm) == y),
+        "pgd10": 100 * share(pgd(model, x, y, eps, steps=10, restarts=1)[0]),
+    }
+
+
+def overfitting(row):
+    """What is suspicious about the accuracies of an epoch, or None.
+
+    A network that is robust to FGSM but not to PGD has overfitted catastrophically (Wong et al. 2020);
+    one that knows FGSM images better than clean ones reads the label off the perturbation (Kurakin et
+    al. 2017, arXiv:1611.01236). The margins, 10 and 2 points, are above the noise of a few hundred images.
+    """
+    clean, fgsm, pgd10 = row["test_clean"], row["test_fgsm"], row["test_pgd10"]
+    if fgsm > clean + 2:
+        return f"label leaking: FGSM accuracy {fgsm:.1f} % exceeds clean accuracy {clean:.1f} %"
+    if pgd10 < fgsm / 2 and pgd10 < fgsm - 10:
+        return f"catastrophic overfitting: PGD-10 accuracy {pgd10:.1f} % where FGSM accuracy is {fgsm:.1f} %"
+    return None
+
+
+# ---------------------------------------------------------------- run
+
+FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "best.pt")
+# Flags that may differ between a run and its resumption.
+FREE_FLAGS = ("device", "compile", "data_dir", "out", "resume", "overwrite")
+HEADER = "epoch   loss  train |  test clean  fgsm pgd10 |  train clean  fgsm pgd10    time"
+ROW = (
+    "{epoch:5} {loss:6.3f} {train_acc:6.1f} |  {test_clean:10.1f} {test_fgsm:5.1f} {test_pgd10:5.1f} "
+    "|  {train_clean:11.1f} {train_fgsm:5.1f} {train_pgd10:5.1f}"
+)
+
+
+class Run:
+    """A run's folder, its counters and what is printed; the loop itself stands in the script.
+
+    passes: the cost of a step in forward and backward passes, standard training being 3.
+    steps_per_batch: optimiser steps on each batch (Free-AT's replays).
+    extra: what a method carries from step to step; it is saved in the checkpoint.
+    """
+
+    def __init__(self, args, model, optimizer, data, passes, steps_per_batch=1):
+        self.args, self.model, self.optimizer, self.data = args, model, optimizer, data
+        self.out = Path(args.out)
+        self.steps_per_epoch = len(data.train_x) // args.batch_size * steps_per_batch
+        self.total_steps = args.epochs * self.steps_per_epoch
+        self.epoch = self.step = 0
+        self.rows, self.best, self.extra = [], -1.0, {}
+        self.line = StatusLine()
+        self._open_folder()
+        self._announce(passes)
+
+    def _open_folder(self):
+        args, out = self.args, self.out
+        config = {key: value for key, value in vars(args).items() if key not in ("resume", "overwrite")}
+        if out.exists() and not out.is_dir():
+            fail(f"argument --out: {out} is a file, it must name a folder")
+        if args.resume:
+            if not (out / "config.json").exists():
+                fail(f"no run to resume in {out}")
+            try:
+                before = json.loads((out / "config.json").read_text())
+            except ValueError:
+                fail(f"{out}/config.json is damaged: --overwrite starts the run anew")
+            for key in config:
+                if key not in FREE_FLAGS and before.get(key) != config[key]:
+                    flag = "--" + key.replace("_", "-")
+                    fail(f"cannot resume {out}: {flag} was {before.get(key)} there and is {config[key]} now")
+            if (out / "checkpoint.pt").exists():  # else it was killed in its first epoch
+                self._load_checkpoint()
+            return
+        found = [name for name in FILES if (out / name).exists()]
+        if found and not args.overwrite:
+            fail(f"{out} holds a run: --resume goes on with it, --overwrite replaces it, --out names another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        for name in found:
+            (out / name).unlink()
+        write_text(out / "config.json", json.dumps({**config, **versions(args.device)}, indent=1) + "\n")
+
+    def _announce(self, passes):
+        args, data, m = self.args, self.data, self.model.arguments
+        count = sum(p.numel() for p in self.model.parameters()) / 1e6
+        print(f"network  WRN-{m['depth']}-{m['width']}, {count:.1f} M parameters, dropout {m['dropout']}")
+        print(f"data     {data.name}: {len(data.train_x):,} training, {len(data.test_x):,} test images,", end=" ")
+        print(f"{len(data.classes)} classes")
+        print(f"device   {versions(args.device)['hardware']}, {args.precision}")
+        print(f"run      {self.out}: {args.epochs} epochs, {self.total_steps:,} steps, eps {args.eps:g}/255")
+        if args.resume:
+            print(f"resumed  after epoch {self.epoch} of {args.epochs}")
+        if self.epoch < args.epochs:
+            seconds = self._time_standard_step() * passes / 3 * (self.total_steps - self.step)
+            print(f"estimate about {clock(seconds)} of training on this device, {passes} passes a step")
+        print(HEADER, flush=True)
+
+    def _time_standard_step(self):
+        """Seconds of a forward and backward pass over one batch, on a copy of the network."""
+        args = self.args
+        devices = [args.device] if args.device.startswith("cuda") else []
+        with torch.random.fork_rng(devices):
+            model = copy.deepcopy(self.model).train()
+            n, seconds = min(8, args.batch_size), 0.0
+            while True:
+                x, y = self.data.train(n)
+                for _ in range(2):  # the first warms up
+                    start = time.perf_counter()
+                    with autocast(args):
+                        loss = F.cross_entropy(model(x), y)
+                    loss.backward()
+                    loss.item()
+                    seconds = (time.perf_counter() - start) * args.batch_size / n
+                if n == args.batch_size or seconds > 2:
+                    return seconds
+                n = args.batch_size
+
+    def epochs(self):
+        """Yield what epochs are left, in train mode."""
+        while self.epoch < self.args.epochs:
+            self.loss, self.correct, self.seen = 0.0, 0, 0
+            self.model.train()
+            self.start = time.perf_counter()
+            yield self.epoch
+
+    def set_lr(self):
+        """Give the optimiser this step's learning rate and momentum."""
+        lr, momentum = cyclic(self.step / self.total_steps, self.args.lr_max, self.args.momentum_cycle)
+        for group in self.optimizer.param_groups:
+            group["lr"], group["momentum"] = lr, momentum
+
+    def count(self, loss, logits, y):
+        """Count a step that was made; the sums stay on the device, so the host need not wait for it."""
+        self.step += 1
+        self.loss += loss.detach()
+        self.correct += (logits.detach().argmax(1) == y).sum()
+        self.seen += len(y)
+        if self.line.due():
+            done = self.step - self.epoch * self.steps_per_epoch
+            loss, accuracy = float(self.loss) / done, 100 * int(self.correct) / self.seen
+            rate = self.seen / (time.perf_counter() - self.start)
+            batch, left = self.seen / done, self.total_steps - self.step
+            between = sum(row["monitor_seconds"] for row in self.rows) / max(len(self.rows), 1)
+            seconds = left * batch / rate + (self.args.epochs - self.epoch) * between
+            self.line.show(
+                f"epoch {self.epoch + 1}/{self.args.epochs} step {done}/{self.steps_per_epoch} loss {loss:.3f} "
+                f"acc {accuracy:.1f} lr {self.optimizer.param_groups[0]['lr']:.3f} {rate:.0f} img/s "
+                f"{clock(seconds)} left"
+            )
+
+    def end_epoch(self):
+        """Measure, print and save."""
+        loss = float(self.loss) / self.steps_per_epoch  # waits for the device
+        seconds = time.perf_counter() - self.start
+        self.epoch += 1
+        if not math.isfinite(loss):
+            fail(f"the loss is {loss} in epoch {self.epoch}: try a lower --lr-max; the checkpoint is one epoch old", 1)
+        self.model.eval()
+        start = time.perf_counter()
+        row = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": loss,
+            "train_acc": 100 * int(self.correct) / self.seen,
+            "seconds": seconds,
+            "images_per_second": self.seen / seconds,
+        }
+        self.line.show(f"epoch {self.epoch}/{self.args.epochs}: clean, FGSM and PGD-10 accuracy ...")
+        with autocast(self.args):
+            for split, images in (("test", self.data.test), ("train", self.data.train)):
+                accuracies = monitor(self.model.forward, *images(self.args.monitor), self.args.eps / 255)
+                row |= {f"{split}_{name}": accuracy for name, accuracy in accuracies.items()}
+        row["monitor_seconds"] = time.perf_counter() - start
+        row["warning"] = overfitting(row)
+        self.rows.append(row)
+        self.line.clear()
+        print(ROW.format(**row), f"{clock(seconds):>7}", flush=True)
+        if row["warning"]:
+            print(f"warning: epoch {self.epoch}: {row['warning']}", flush=True)
+        # Chosen on training images, never on test images (Andriushchenko & Flammarion 2020).
+        if row["train_pgd10"] > self.best:
+            self.best = row["train_pgd10"]
+            self._save("best.pt")
+        self._save_checkpoint()
+
+    def finish(self):
+        """Write model.pt and say where everything is."""
+        self._save("model.pt")
+        seconds = sum(row["seconds"] for row in self.rows)
+        print(f"trained  {clock(seconds)} for {self.total_steps:,} steps; accuracies above are in per cent")
+        for row in self.rows:
+            if row["warning"]:
+                print(f"warning: first seen in epoch {row['epoch']}: {row['warning']}")
+                break
+        print(f"wrote    {self.out}/model.pt; next: python eval_attacks.py {self.out} --eps {self.args.eps:g}")
+
+    def _weights(self):
+        return {"arguments": self.model.arguments, "state_dict": self.model.state_dict()}
+
+    def _save(self, name):
+        write_file(self.out / name, lambda file: torch.save(self._weights(), file))
+
+    def _save_checkpoint(self):
+        state = {
+            **self._weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "rows": self.rows,
+            "best": self.best,
+            "extra": self.extra,
+            "rng": torch.get_rng_state(),
+        }
+        if self.args.device.startswith("cuda"):
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.args.device)
+        write_file(self.out / "checkpoint.pt", lambda file: torch.save(state, file))
+        self._write_metrics()
+
+    def _write_metrics(self):
+        write_text(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def _load_checkpoint(self):
+        path = self.out / "checkpoint.pt"
+        try:
+            state = load_file(path)
+            self.model.load_state_dict(state["state_dict"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
+            self.best = state["best"]
+            self.extra = {key: value.to(self.args.device) for key, value in state["extra"].items()}
+            torch.set_rng_state(state["rng"])
+            if self.args.device.startswith("cuda") and "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"], self.args.device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            fail(f"{path} does not fit this run ({str(error).split(chr(10))[0]})")
+        self._write_metrics()

@@ -1,0 +1,67 @@
+import os
+import sys
+
+# One thread: what the tests compute is too small for two, and runs in other processes must match bit for bit.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+
+torch.set_num_threads(1)
+TINY = "data/cifar10_tiny.npz"
+# A network and data that make a run of two epochs take a second.
+SMALL = f"--dataset {TINY} --depth 10 --width 1 --limit-train 128 --batch-size 32 --monitor 16 --device cpu"
+
+
+class SmoothNet(nn.Module):
+    """Twice differentiable, with the delta / return_features contract, for small images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 5, 3, padding=1)
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x, delta=None, return_features=False):
+        delta, h = delta or {}, {}
+        for name, layer in (("0", None), ("conv1", self.conv1), ("conv2", self.conv2)):
+            x = x if layer is None else torch.tanh(layer(x))
+            x = x + delta[name] if name in delta else x
+            h[name] = x
+        logits = self.fc(F.softplus(x).mean((2, 3)))
+        return (logits, h) if return_features else logits
+
+
+@pytest.fixture
+def smooth():
+    """(network, x, y) in float64; no pixel is so near to 0 or 1 that a small step would be clipped."""
+    torch.manual_seed(0)
+    return SmoothNet().double(), torch.rand(2, 3, 6, 6).double() * 0.8 + 0.1, torch.tensor([0, 2])
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    arrays, classes = common.load_arrays(TINY, "data")
+    return common.Data(TINY, classes, arrays, "cpu")
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run a script's main() as its command line would: (exit code, stdout, stderr)."""
+
+    def call(module, arguments):
+        name = f"{module.__name__}.py"
+        monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
+        capsys.readouterr()
+        try:
+            common.launch(module.main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call

@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+
+import common
+
+
+def test_schedule_is_torchs_cyclic_lr():
+    steps, lr_max = 50, 0.2
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr_max, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CyclicLR(
+        optimizer, 0.0, lr_max, step_size_up=0.4 * steps, step_size_down=0.6 * steps
+    )
+    for step in range(steps):
+        group = optimizer.param_groups[0]
+        assert common.cyclic(step / steps, lr_max) == pytest.approx((group["lr"], group["momentum"]), abs=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_schedule_at_its_corners():
+    assert common.cyclic(0, 0.2) == (0, 0.9)
+    assert common.cyclic(0.4, 0.2) == pytest.approx((0.2, 0.8))
+    assert common.cyclic(1, 0.2) == pytest.approx((0, 0.9))
+    assert common.cyclic(0.4, 0.2, momentum_cycle=False) == pytest.approx((0.2, 0.9))
+
+
+def test_augmentation_is_torchvisions_on_the_same_offsets(tiny):
+    index = torch.arange(30)
+    top, left = torch.randint(0, 9, (2, 30))
+    top[:4], left[:4] = torch.tensor([0, 0, 8, 8]), torch.tensor([0, 8, 0, 8])  # the corners too
+    flip = torch.arange(30) % 2 == 0
+    crops = common.crop_and_flip(tiny.train_x, index, top, left, flip)
+    images = tiny.train_x[:30, 4:-4, 4:-4].permute(0, 3, 1, 2)
+    for i in range(30):
+        crop = TF.crop(TF.pad(images[i], 4), int(top[i]), int(left[i]), 32, 32)
+        assert torch.equal(crops[i].permute(2, 0, 1), TF.hflip(crop) if flip[i] else crop)
+
+
+def test_to_float_is_torchvisions_to_tensor(tiny):
+    x, _ = tiny.test(5)
+    assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+    for i in range(5):
+        assert torch.equal(x[i], TF.to_tensor(tiny.test_x[i].numpy()))
+
+
+def test_an_epoch_shows_every_image_once_and_depends_on_seed_and_epoch_alone(tiny):
+    def labels(epoch, seed):
+        return torch.cat([y for _, y in tiny.batches(epoch, 100, seed)])
+
+    first = labels(0, 0)
+    assert torch.equal(first.bincount(), torch.full((10,), 200))
+    torch.manual_seed(5)
+    assert torch.equal(first, labels(0, 0))
+    assert not torch.equal(first, labels(1, 0)) and not torch.equal(first, labels(0, 1))
+    assert len(labels(0, 0)) == 2000
+    assert sum(len(y) for _, y in tiny.batches(0, 128, 0)) == 1920  # the last partial batch is dropped
+
+
+def test_offsets_and_flips_are_uniform(tiny):
+    """From the images themselves: how many rows of padding show, and how many images are mirrored."""
+    white = common.Data("white", [], {"train_x": np.full((9000, 8, 8, 3), 255, np.uint8),
+                                      "train_y": np.zeros(9000, np.uint8),
+                                      "test_x": np.zeros((1, 8, 8, 3), np.uint8),
+                                      "test_y": np.zeros(1, np.uint8)}, "cpu")  # fmt: skip
+    white.train_x[:, 4:-4, 4] = 128  # the leftmost column of every image
+    x = torch.cat([x for x, _ in white.batches(0, 900, 0)])[:, 0]
+    top_padding = (x[:, :, 4] == 0).int().cumprod(1).sum(1)
+    for rows in range(1, 5):
+        assert abs((top_padding == rows).double().mean() - 1 / 9) < 0.02
+    grey = (x == 128 / 255).any(1)
+    shown = grey.any(1)
+    position = grey[shown].int().argmax(1)
+    assert abs((position >= 4).double().mean() - 0.5) < 0.03
+
+
+def test_statistics_are_those_of_the_pixels(tiny):
+    x, _ = tiny.train()
+    torch.testing.assert_close(torch.tensor(tiny.mean), x.mean((0, 2, 3)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(tiny.std), x.std((0, 2, 3)), rtol=1e-4, atol=0)
+
+
+def test_monitor_counts_fgsm_plainly(tiny):
+    """A network that reads the label off an FGSM step must show up as FGSM accuracy above clean accuracy."""
+    x, y = torch.full((40, 3, 4, 4), 0.5), torch.arange(40) % 2
+
+    def leaky(images):  # wrong on grey; where grey was brightened or darkened, right
+        shift = (images - 0.5).mean((1, 2, 3))
+        score = torch.where(shift.abs() > 0.02, -shift * 100, shift)
+        return torch.stack([score, -score], 1)
+
+    result = common.monitor(leaky, x, y, 8 / 255)
+    assert result["fgsm"] == 100 and result["clean"] == 50 and result["pgd10"] < 50.1
+
+
+@pytest.mark.parametrize(
+    ("clean", "fgsm", "pgd10", "expected"),
+    [
+        (50, 32, 30, None),
+        (20, 17, 16, None),
+        (85, 60, 1, "catastrophic"),
+        (80, 40, 10, "catastrophic"),
+        (16, 26, 5, "leaking"),
+        (30, 31, 29, None),
+        (80, 9, 0, None),
+    ],
+)
+def test_overfitting_is_recognised(clean, fgsm, pgd10, expected):
+    warning = common.overfitting({"test_clean": clean, "test_fgsm": fgsm, "test_pgd10": pgd10})
+    assert warning is None if expected is None else expected in warning
+
+
+def test_clock():
+    assert [common.clock(s) for s in (5, 65, 3661, 800_000)] == ["0:05", "1:05", "1:01:01", "9.3 days"]

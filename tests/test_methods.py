@@ -1,0 +1,172 @@
+"""The mathematics of the methods, each against something computed another way."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchattacks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_fgsm
+import train_slat
+from conftest import SMALL
+from wrn import LAYERS, WideResNet, load_file
+
+ALL = ("0", "conv1", "conv2")
+
+
+def loss_of(model, x, y, delta=None):
+    return F.cross_entropy(model(x, delta=delta), y)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_slat_follows_the_sign_of_finite_differences(smooth, name):
+    model, x, y = smooth
+    eta = 0.01
+    x_adv, delta = train_slat.slat(model, x, y, 0.05, ALL, eta, eta, latent_clamp=False)
+    delta["0"] = x_adv - x
+    with torch.no_grad():
+        shape, step = model(x, return_features=True)[1][name].shape, 1e-5
+        difference = torch.zeros(shape, dtype=torch.float64)
+        for i in range(difference.numel()):
+            bump = torch.zeros(shape, dtype=torch.float64)
+            bump.view(-1)[i] = step
+            plus, minus = loss_of(model, x, y, {name: bump}), loss_of(model, x, y, {name: -bump})
+            difference.view(-1)[i] = (plus - minus) / (2 * step)
+    clear = difference.abs() > 1e-9  # central differences are good to about 1e-10 here
+    assert clear.double().mean() > 0.9
+    torch.testing.assert_close(delta[name][clear], eta * difference.sign()[clear])
+
+
+def halvings(remainder, scales=(0.02, 0.01, 0.005)):
+    values = [remainder(scale) for scale in scales]
+    return [a / b for a, b in zip(values, values[1:])]
+
+
+def test_proposition_1_the_remainder_is_of_second_order(smooth):
+    """h_{L-1} moves by sum_k J_k delta_k, up to a remainder that falls fourfold when all delta_k are halved."""
+    model, x, y = smooth
+    x_adv, unit = train_slat.slat(model, x, y, 1, ALL, 1, 1, latent_clamp=False)
+    _, h = model(x, return_features=True)
+    unit = {**unit, "0": torch.autograd.grad(loss_of(model, x.requires_grad_(), y), x)[0].sign()}
+    x = x.detach()
+
+    def last(scaled):
+        return model(x, delta=dict(zip(ALL, scaled)), return_features=True)[1]["conv2"]
+
+    zeros = tuple(torch.zeros_like(unit[name]) for name in ALL)
+
+    def remainder(scale):
+        scaled = tuple(scale * unit[name] for name in ALL)
+        linear = 0
+        for k in range(3):  # J_k delta_k, one layer at a time
+            only_k = lambda d, k=k: last([d if i == k else zeros[i] for i in range(3)])  # noqa: E731
+            linear += torch.autograd.functional.jvp(only_k, zeros[k], scaled[k])[1]
+        return (last(scaled) - h["conv2"] - linear).norm().item()
+
+    for ratio in halvings(remainder):
+        assert 3.8 < ratio < 4.2
+
+
+def test_equation_5_the_loss_rises_by_the_l1_norms_of_the_gradients(smooth):
+    model, x, y = smooth
+    _, h = model(x.requires_grad_(), return_features=True)
+    logits, h = model(x, return_features=True)
+    clean = F.cross_entropy(logits, y)
+    norms = dict(zip(ALL, (g.abs().sum() for g in torch.autograd.grad(clean, [h[k] for k in ALL]))))
+    x = x.detach()
+
+    def remainder(scale):
+        eta, step = scale, 0.9 * scale
+        x_adv, delta = train_slat.slat(model, x, y, scale, ALL, eta, step, latent_clamp=False)
+        penalty = step * norms["0"] + eta * (norms["conv1"] + norms["conv2"])
+        return (loss_of(model, x_adv, y, delta) - clean - penalty).abs().item()
+
+    for ratio in halvings(remainder, (0.004, 0.002, 0.001)):
+        assert 3.6 < ratio < 4.4
+
+
+def test_latent_clamp_keeps_h_plus_delta_in_the_range_of_h(smooth):
+    model, x, y = smooth
+    free = train_slat.slat(model, x, y, 0.5, ALL, 0.02, 0.5, latent_clamp=False)[1]
+    held = train_slat.slat(model, x, y, 0.5, ALL, 0.02, 0.5)[1]
+    _, h = model(x, return_features=True)
+    for name in ("conv1", "conv2"):
+        low, high = h[name].amin((2, 3), keepdim=True), h[name].amax((2, 3), keepdim=True)
+        moved, far = h[name] + held[name], h[name] + free[name]
+        assert (moved >= low - 1e-12).all() and (moved <= high + 1e-12).all()
+        inside = (far >= low) & (far <= high)
+        assert 0 < inside.sum() < inside.numel()
+        torch.testing.assert_close(held[name][inside], free[name][inside])
+
+
+@pytest.mark.parametrize("init", ["zero", "uniform"])
+@pytest.mark.parametrize("input_step", [0.9, 1.5])
+def test_slat_and_fgsm_stay_in_the_ball_and_in_the_box(init, input_step):
+    torch.manual_seed(1)
+    model, eps = WideResNet(10, 1, 10), 16 / 255
+    x, y = torch.rand(8, 3, 16, 16).round(decimals=1), torch.arange(8)  # with pixels at 0 and 1
+    x_slat, _ = train_slat.slat(model, x, y, eps, ALL, eps, input_step * eps, init=init)
+    x_fgsm = train_fgsm.fgsm(model, x, y, eps, input_step * eps)
+    for x_adv in (x_slat, x_fgsm):
+        assert (x_adv - x).abs().max() <= eps + 1e-7
+        assert x_adv.min() >= 0 and x_adv.max() <= 1
+        assert not x_adv.requires_grad and (x_adv != x).double().mean() > 0.9
+
+
+def test_uniform_start_is_where_the_gradient_is_taken(smooth):
+    model, x, y = smooth
+    torch.manual_seed(3)
+    x_adv, _ = train_slat.slat(model, x, y, 0.05, ("0",), 0.05, 0.02, init="uniform")
+    torch.manual_seed(3)
+    start = (x + torch.empty_like(x).uniform_(-0.05, 0.05)).requires_grad_()
+    step = 0.02 * torch.autograd.grad(loss_of(model, start, y), start)[0].sign()
+    torch.testing.assert_close(x_adv, (start + step).clamp(x - 0.05, x + 0.05).detach())
+
+
+def test_fgsm_is_torchattacks_fgsm(smooth):
+    model, x, y = smooth
+    attack = torchattacks.FGSM(model.eval(), eps=0.03)
+    torch.testing.assert_close(train_fgsm.fgsm(model, x, y, 0.03, 0.03), attack(x, y))
+
+
+class WeightGradients(TorchDispatchMode):
+    """Counts the convolutions whose backward pass computes a gradient of the weights."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.count += args[-1][1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["fgsm", "slat"])
+def test_the_attack_computes_no_weight_gradient(method):
+    model, x, y = WideResNet(10, 1), torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
+    with WeightGradients() as counter:
+        if method == "fgsm":
+            train_fgsm.fgsm(model, x, y, 0.03, 0.03)
+        else:
+            train_slat.slat(model, x, y, 0.03, LAYERS, 0.03, 0.03)
+        assert counter.count == 0
+        assert all(p.grad is None and p.requires_grad for p in model.parameters())
+        F.cross_entropy(model(x), y).backward()
+        assert counter.count == 9  # the stem, two in each of three blocks, two shortcuts
+
+
+def test_attacks_in_train_mode_update_the_running_statistics():
+    model, x, y = WideResNet(10, 1), torch.rand(4, 3, 16, 16), torch.arange(4)
+    before = model.bn.running_mean.clone()
+    train_fgsm.fgsm(model, x, y, 0.03, 0.03)
+    assert (model.bn.running_mean != before).any()
+
+
+def test_slat_with_the_input_alone_is_fgsm(cli, tmp_path):
+    """Same images, same masks, same step: the same weights, to the last bit."""
+    flags = f"{SMALL} --epochs 1 --eps 8 --out {tmp_path}"
+    assert cli(train_fgsm, f"{flags}/fgsm")[0] == 0
+    assert cli(train_slat, f"{flags}/slat --layers 0 --input-step 1")[0] == 0
+    assert cli(train_slat, f"{flags}/latent --input-step 1")[0] == 0
+    fgsm, slat, latent = (load_file(tmp_path / run / "model.pt")["state_dict"] for run in ("fgsm", "slat", "latent"))
+    assert all(torch.equal(fgsm[key], slat[key]) for key in fgsm)
+    assert not all(torch.equal(fgsm[key], latent[key]) for key in fgsm)

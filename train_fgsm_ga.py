@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""FGSM-GA: FGSM plus a penalty on gradients that turn within the eps-ball.
+
+Andriushchenko & Flammarion 2020, arXiv:2007.02617, eq. 4: lambda (1 - cos(grad L(x), grad L(x + u))), u in U(eps).
+
+    python train_fgsm_ga.py --eps 8
+
+Against train_fgsm.py: a second gradient, and its penalty in the loss. Both gradients see the same weights,
+images and labels; the noise u and, because both are passes in train mode, the dropout masks and BatchNorm's batch
+statistics are each pass's own, as in the code of SLAT's authors. So the cosine stays below 1 even for a linear loss.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import common
+from wrn import WideResNet
+
+PASSES = 11  # FGSM's 5; forward, backward to the input at x + u; that graph backward to the weights: 4
+
+
+def fgsm_ga(model, x, y, eps, alpha):
+    """The images to train on, and the misalignment 1 - mean cos(grad_x L(x), grad_x L(x + u)), u ~ U(-eps, eps).
+
+    x: (B, C, H, W) in [0, 1]; y: (B,) class indices; eps, alpha: in [0, 1] units. The gradient at x, FGSM's own,
+    is a constant; the one at x + u is differentiated through. Images with a zero gradient are left out of the mean.
+    """
+    start = x.detach().requires_grad_()
+    model.requires_grad_(False)  # the attack needs no gradients of weights
+    loss = F.cross_entropy(model(start), y)
+    (gradient,) = torch.autograd.grad(loss, [start])
+    model.requires_grad_(True)
+    x_adv = x + alpha * gradient.sign()
+
+    noisy = (x + torch.empty_like(x).uniform_(-eps, eps)).requires_grad_()
+    loss = F.cross_entropy(model(noisy), y)
+    (other,) = torch.autograd.grad(loss, [noisy], create_graph=True)
+    gradient, other = gradient.flatten(1), other.flatten(1)
+    norms = gradient.norm(dim=1) * other.norm(dim=1)
+    keep = norms > 0
+    cosine = (gradient * other).sum(1)[keep] / norms[keep]
+    return torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1), 1 - cosine.sum() / max(len(cosine), 1)
+
+
+def parse_args():
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--alpha", type=common.number(float, 0, 255), help="step size, in 1/255 (default: eps)")
+    parser.add_argument("--ga-lambda", type=common.number(float, 0), default=0.2, help="weight of the misalignment")
+    args = common.parse(parser)
+    args.alpha = args.eps if args.alpha is None else args.alpha
+    return args
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    data = common.load_data(args)
+    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
+    model.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
+    run = common.Run(args, model, optimizer, data, PASSES)
+    if args.compile:
+        model.compile()
+
+    eps, alpha = args.eps / 255, args.alpha / 255
+    for epoch in run.epochs():
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            run.set_lr()
+            with common.autocast(args):
+                x_adv, misalignment = fgsm_ga(model, x, y, eps, alpha)
+                logits = model(x_adv)
+                loss = F.cross_entropy(logits, y) + args.ga_lambda * misalignment
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.count(loss, logits, y)
+        run.end_epoch()
+    run.finish()
+
+
+if __name__ == "__main__":
+    common.launch(main)

@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""FGSM-RS: FGSM from a random start, with a step longer than the radius.
+
+Wong, Rice & Kolter 2020, arXiv:2001.03994, Algorithm 3.
+
+    python train_fgsm_rs.py --eps 8
+
+Against train_fgsm.py: the gradient is taken at a random point of the ball; the step defaults to 1.25 eps.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import common
+from wrn import WideResNet
+
+PASSES = 5  # forward, backward to the input; then forward, backward to the weights (which costs two)
+
+
+def fgsm_rs(model, x, y, eps, alpha):
+    """The images to train on: x0 = x + U(-eps, eps), x' = x0 + alpha sign(grad_x0 L), clipped to the ball.
+
+    x: (B, C, H, W) in [0, 1]; y: (B,) class indices; eps, alpha: in [0, 1] units.
+    Both x0 and x' are clipped to [0, 1].
+    """
+    start = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1).requires_grad_()
+    model.requires_grad_(False)  # the attack needs no gradients of weights
+    loss = F.cross_entropy(model(start), y)
+    (gradient,) = torch.autograd.grad(loss, [start])
+    model.requires_grad_(True)
+    x_adv = start.detach() + alpha * gradient.sign()
+    return torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1)
+
+
+def parse_args():
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--alpha", type=common.number(float, 0, 510), help="step size, in 1/255 (default: 1.25 eps)")
+    args = common.parse(parser)
+    args.alpha = 1.25 * args.eps if args.alpha is None else args.alpha
+    return args
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    data = common.load_data(args)
+    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
+    model.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
+    run = common.Run(args, model, optimizer, data, PASSES)
+    if args.compile:
+        model.compile()
+
+    eps, alpha = args.eps / 255, args.alpha / 255
+    for epoch in run.epochs():
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            run.set_lr()
+            with common.autocast(args):
+                x_adv = fgsm_rs(model, x, y, eps, alpha)
+                logits = model(x_adv)
+                loss = F.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.count(loss, logits, y)
+        run.end_epoch()
+    run.finish()
+
+
+if __name__ == "__main__":
+    common.launch(main)

@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Free adversarial training: replay each batch m times; one backward pass serves weights and perturbation.
+
+Shafahi et al. 2019, arXiv:1904.12843, Algorithm 1.
+
+    python train_free.py --eps 8 --replays 8
+
+Against train_fgsm.py: a loop of replays, an optimiser step in each; the perturbation is one per batch slot and
+carries over from batch to batch. The schedule counts replays. 9 epochs by default: with 8 replays, 72 of the paper's.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import common
+from wrn import WideResNet
+
+PASSES = 3  # of every replay: forward, backward to weights and input
+
+
+def free(x, x_adv, gradient, eps):
+    """The next replay's perturbation: delta = x_adv - x, one step of eps on, clipped to the ball and the box.
+
+    x, x_adv: (B, C, H, W) in [0, 1]; gradient: of the loss with respect to x_adv; eps: in [0, 1] units.
+    """
+    x_adv = x_adv + eps * gradient.sign()
+    return torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1) - x
+
+
+def parse_args():
+    parser = common.make_parser(__doc__)
+    parser.set_defaults(epochs=9)
+    parser.add_argument("--replays", type=common.number(int, 1), default=8, help="m, steps on each batch")
+    return common.parse(parser)
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    data = common.load_data(args)
+    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
+    model.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
+    run = common.Run(args, model, optimizer, data, PASSES, steps_per_batch=args.replays)
+    if args.compile:
+        model.compile()
+
+    eps = args.eps / 255
+    delta = run.extra.get("delta", 0)
+    for epoch in run.epochs():
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            for _ in range(args.replays):
+                run.set_lr()
+                x_adv = (x + delta).clamp(0, 1).requires_grad_()
+                with common.autocast(args):
+                    logits = model(x_adv)
+                    loss = F.cross_entropy(logits, y)
+                optimizer.zero_grad()
+                loss.backward()
+                delta = free(x, x_adv.detach(), x_adv.grad, eps)
+                optimizer.step()
+                run.count(loss, logits, y)
+        run.extra["delta"] = delta
+        run.end_epoch()
+    run.finish()
+
+
+if __name__ == "__main__":
+    common.launch(main)

@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""PGD adversarial training: several small steps of FGSM, each projected back to the eps-ball.
+
+Madry et al. 2017, arXiv:1706.06083. Seven steps of eps / 4 from the image itself, as in the code of
+SLAT's authors; --init uniform is Madry's random start.
+
+    python train_pgd.py --eps 8
+
+Against train_fgsm.py: a loop around the step.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import common
+from wrn import WideResNet
+
+
+def pgd(model, x, y, eps, alpha, steps, init="zero"):
+    """The images to train on: `steps` times x' = x' + alpha sign(grad_x' L), clipped to ball and [0, 1].
+
+    x: (B, C, H, W) in [0, 1]; y: (B,) class indices; eps, alpha: in [0, 1] units.
+    init: "zero" starts at x, "uniform" at x + U(-eps, eps) clipped to [0, 1].
+    """
+    x_adv = x
+    if init == "uniform":
+        x_adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
+    model.requires_grad_(False)  # the attack needs no gradients of weights
+    for _ in range(steps):
+        start = x_adv.detach().requires_grad_()
+        loss = F.cross_entropy(model(start), y)
+        (gradient,) = torch.autograd.grad(loss, [start])
+        x_adv = start.detach() + alpha * gradient.sign()
+        x_adv = torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1)
+    model.requires_grad_(True)
+    return x_adv
+
+
+def parse_args():
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--alpha", type=common.number(float, 0, 255), help="step size, in 1/255 (default: eps / 4)")
+    parser.add_argument("--steps", type=common.number(int, 1), default=7, help="PGD steps")
+    parser.add_argument("--init", choices=("zero", "uniform"), default="zero", help="where the first step starts")
+    args = common.parse(parser)
+    args.alpha = args.eps / 4 if args.alpha is None else args.alpha
+    return args
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    data = common.load_data(args)
+    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
+    model.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
+    passes = 2 * args.steps + 3  # forward and backward to the input for a step; then 3 for the weights
+    run = common.Run(args, model, optimizer, data, passes)
+    if args.compile:
+        model.compile()
+
+    eps, alpha = args.eps / 255, args.alpha / 255
+    for epoch in run.epochs():
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            run.set_lr()
+            with common.autocast(args):
+                x_adv = pgd(model, x, y, eps, alpha, args.steps, args.init)
+                logits = model(x_adv)
+                loss = F.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.count(loss, logits, y)
+        run.end_epoch()
+    run.finish()
+
+
+if __name__ == "__main__":
+    common.launch(main)

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""SLAT, single-step latent adversarial training: FGSM in the input and in hidden layers at once.
+
+Park & Lee 2021, arXiv:2104.01575, Algorithm 1. One backward pass gives the gradient at the input and at
+every chosen layer; each is perturbed along its sign (eq. 4), which penalises sum_k eta_k ||g_k||_1 (eq. 5).
+
+    python train_slat.py --eps 8 --layers 0,conv1,conv2
+
+Against train_fgsm.py: the method, its flags, and model(x_adv, delta=delta) in the loop.
+Steps, clamp and dropout are those of the authors' code; the paper does not mention them.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+import common
+from wrn import LAYERS, WideResNet
+
+PASSES = 5  # forward, backward to the input; then forward, backward to the weights (which costs two)
+
+
+def slat(model, x, y, eps, layers, eta, input_step, latent_clamp=True, init="zero"):
+    """What to train on, model(x_adv, delta=delta): images x_adv and latent perturbations {name: delta_k}.
+
+    x: (B, C, H, W) in [0, 1]; y: (B,) class indices; eps, eta, input_step: in [0, 1] units. layers: names of
+    the network's features, "0" being the input. delta_k = eta sign(grad_h_k L); x_adv = x + input_step
+    sign(grad_x L), clipped to the eps-ball and to [0, 1]. latent_clamp: h_k + delta_k stays within the
+    minimum and maximum over space of h_k, per image and channel. init="uniform": gradients are taken at
+    x + U(-eps, eps), and the input's step starts there.
+    """
+    start = x.detach()
+    if init == "uniform":
+        start = (start + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
+    start = start.requires_grad_()
+    model.requires_grad_(False)  # the attack needs no gradients of weights
+    logits, h = model(start, return_features=True)
+    loss = F.cross_entropy(logits, y)
+    gradients = torch.autograd.grad(loss, [h[name] for name in layers])
+    model.requires_grad_(True)
+    x_adv, delta = start.detach(), {}
+    for name, gradient in zip(layers, gradients):
+        if name == "0":
+            x_adv = x_adv + input_step * gradient.sign()
+            continue
+        h_k = h[name].detach()
+        delta[name] = eta * gradient.sign()
+        if latent_clamp:
+            low, high = h_k.amin((2, 3), keepdim=True), h_k.amax((2, 3), keepdim=True)
+            delta[name] = torch.clamp(h_k + delta[name], low, high) - h_k
+    return torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1), delta
+
+
+def parse_args():
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--layers", default="0,conv1,conv2", help=f"what to perturb, of {','.join(LAYERS)}")
+    parser.add_argument("--eta", type=common.number(float, 0), default=1.0, help="latent step, in multiples of eps")
+    parser.add_argument(
+        "--input-step", type=common.number(float, 0), default=0.9, help="input step, in multiples of eps"
+    )
+    parser.add_argument(
+        "--latent-clamp", action=argparse.BooleanOptionalAction, default=True, help="keep h + delta in h's range"
+    )
+    parser.add_argument("--init", choices=("zero", "uniform"), default="zero", help="where gradients are taken")
+    args = common.parse(parser)
+    args.layers = args.layers.split(",")
+    for name in args.layers:
+        if name not in LAYERS or args.layers.count(name) > 1:
+            parser.error(f"argument --layers: {name!r} is unknown or twice there, choose from {','.join(LAYERS)}")
+    return args
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    data = common.load_data(args)
+    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
+    model.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
+    run = common.Run(args, model, optimizer, data, PASSES)
+    if args.compile:
+        model.compile()
+
+    eps = args.eps / 255
+    for epoch in run.epochs():
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            run.set_lr()
+            with common.autocast(args):
+                x_adv, delta = slat(model, x, y, eps, args.layers, args.eta * eps, args.input_step * eps)
+                logits = model(x_adv, delta=delta)
+                loss = F.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.count(loss, logits, y)
+        run.end_epoch()
+    run.finish()
+
+
+if __name__ == "__main__":
+    common.launch(main)

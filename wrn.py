@@ -1,0 +1,152 @@
+"""Wide residual network (Zagoruyko & Komodakis 2016, arXiv:1605.07146) whose layers can be perturbed.
+
+    logits = model(x)                                     x: (B, 3, H, W) in [0, 1]
+    logits, h = model(x, return_features=True)            h[name]: that layer's output
+    logits = model(x, delta={"conv1": d1, "conv2": d2})   d is added to that layer's output
+
+Names: "0" the input, "conv1" the stem convolution, "conv2", "conv3", "conv4" the last block of each
+group. Normalisation is the first thing inside the network, so everything outside is in [0, 1].
+"""
+
+import pickle
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+LAYERS = ("0", "conv1", "conv2", "conv3", "conv4")
+
+
+def dropout(x, p):
+    """F.dropout for a training network; on a CPU one 64-bit random word serves four elements.
+
+    There F.dropout draws one number an element, which takes longer than the convolutions of a WRN-16-2.
+    p is rounded to a multiple of 2^-16, and the kept elements are scaled by that p.
+    """
+    if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    dropped = round(p * 2**16)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    keep = words.view(torch.int16)[: x.numel()] >= dropped - 2**15
+    return x * keep.as_strided(x.size(), x.stride()).to(x.dtype).mul_(1 / (1 - dropped / 2**16))
+
+
+class Block(nn.Module):
+    """Pre-activation residual block; where shapes change, the 1x1 shortcut reads the activated input."""
+
+    def __init__(self, channels_in, channels_out, stride, p):
+        super().__init__()
+        self.p = p
+        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
+        self.shortcut = None
+        if channels_in != channels_out or stride != 1:
+            self.shortcut = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
+
+    def forward(self, x):
+        activated = F.relu(self.bn1(x))
+        out = F.relu(self.bn2(self.conv1(activated)))
+        if self.training:
+            out = dropout(out, self.p)
+        return self.conv2(out) + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width for images of any size; WRN-28-10 has 36.5 M parameters.
+
+    depth: 6n + 4 with n blocks a group (ValueError otherwise). width: multiplies 16, 32, 64 channels.
+    dropout: rate inside every block, in train mode. mean, std: of the data, per channel, in [0, 1] units.
+    """
+
+    def __init__(self, depth=28, width=10, num_classes=10, dropout=0.3, mean=(0.5,) * 3, std=(0.25,) * 3):
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"depth {depth} is not 6n + 4 with n >= 1: 10, 16, 22, 28, 34, 40, ...")
+        n = (depth - 4) // 6
+        # What load_model needs to build the same network again.
+        self.arguments = {
+            "depth": depth,
+            "width": width,
+            "num_classes": num_classes,
+            "dropout": dropout,
+            "mean": list(mean),
+            "std": list(std),
+        }
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        channels = [16, 16 * width, 32 * width, 64 * width]
+        self.conv1 = nn.Conv2d(len(mean), 16, 3, 1, 1, bias=False)
+        self.conv2, self.conv3, self.conv4 = (
+            nn.Sequential(Block(c_in, c_out, stride, dropout), *[Block(c_out, c_out, 1, dropout) for _ in range(n - 1)])
+            for c_in, c_out, stride in zip(channels[:3], channels[1:], (1, 2, 2))
+        )
+        self.bn = nn.BatchNorm2d(channels[3])
+        self.fc = nn.Linear(channels[3], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # normal(0, sqrt(2 / (k k out_channels)))
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x, delta=None, return_features=False):
+        """Logits (B, num_classes) in float32; with return_features also {name: h_name}.
+
+        delta: {name: tensor of that layer's shape}, added to that layer's output before it goes on;
+        h_name is what goes on. ValueError for a name that is none of LAYERS.
+        """
+        delta, h = delta or {}, {}
+        if not set(delta) <= set(LAYERS):
+            raise ValueError(f"no layer {sorted(set(delta) - set(LAYERS))}: the layers are {', '.join(LAYERS)}")
+        for name in LAYERS:
+            if name == "conv1":
+                x = (x - self.mean) / self.std
+            if name != "0":
+                x = getattr(self, name)(x)
+            if name in delta:
+                x = x + delta[name]
+            h[name] = x
+        x = F.relu(self.bn(x)).mean((2, 3), dtype=self.fc.weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # logits in float32 (or as the weights are)
+            logits = self.fc(x)
+        return (logits, h) if return_features else logits
+
+
+def load_file(path):
+    """The dictionary in a file written by torch.save, on the CPU; weights_only: it cannot run code.
+
+    ValueError in one line where there is no such file or it is damaged.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no file {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused below anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged or no checkpoint of this project")
+    return content
+
+
+def load_model(path, device="cpu"):
+    """The network of a run in eval mode, channels_last: path is a run folder (its model.pt) or any .pt of it.
+
+    ValueError in one line where the file is missing, damaged or does not fit.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "model.pt").exists() and (path / "checkpoint.pt").exists():
+            raise ValueError(f"{path} is not finished: name {path / 'checkpoint.pt'} to take it as it stands")
+        path = path / "model.pt"
+    content = load_file(path)
+    try:
+        model = WideResNet(**content["arguments"])
+        model.load_state_dict(content["state_dict"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} holds no weights of a WideResNet ({reason})") from None
+    return model.to(device, memory_format=torch.channels_last).eval()

@@ -6,9 +6,9 @@ PY = .venv/bin/python
 .PHONY: demo test clean
 
 demo: .venv/run
-	@$(PY) train_slat.py --dataset data/cifar10_tiny.npz --depth 10 --width 2 --epochs 24 --batch-size 64 \
+	@$(PY) train_slat.py --dataset data/cifar10_tiny.npz --depth 10 --width 2 --epochs 14 --batch-size 64 --lr-max 0.1 \
 		--eps 8 --layers 0,conv1,conv2 --monitor 100 --out runs/demo --overwrite
-	@$(PY) eval_attacks.py runs/demo --attack fgsm,pgd --eps 8 --n 200 \
+	@$(PY) eval_attacks.py runs/demo --attack fgsm,pgd --eps 8 --n 100 \
 		--json runs/demo/eval.json --examples runs/demo/examples.png
 
 test: .venv/dev

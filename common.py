@@ -49,7 +49,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but no (default: None) and no (default: False)."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        bare = action.default is None or action.default is False
+        return action.help if bare else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,9 +123,9 @@ def parse(parser):
         args.precision = "bf16" if has_bf16(args.device) else "fp32"
     if args.compile and args.device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         parser.error("--compile on a CPU needs a C++ compiler: install g++, or leave --compile out")
+    args.method = parser.prog.removeprefix("train_").removesuffix(".py")
     if args.out is None:
-        method = parser.prog.removeprefix("train_").removesuffix(".py")
-        args.out = f"runs/{method}_{Path(args.dataset).stem}_eps{args.eps:g}_seed{args.seed}"
+        args.out = f"runs/{args.method}_{Path(args.dataset).stem}_eps{args.eps:g}_seed{args.seed}"
     if 0 < args.eps < 1:
         print(f"note: --eps {args.eps:g} is in units of 1/255", file=sys.stderr)
     return args
@@ -308,6 +309,17 @@ def load_test_data(args, num_classes):
     return Data(args.dataset, classes, {k: arrays[k] for k in ("test_x", "test_y")}, args.device)
 
 
+def training_of(run):
+    """What is known of the training behind a run folder or a file in it: its config and training seconds."""
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return {**config, "seconds": sum(row["seconds"] for row in rows), "last_epoch": rows[-1]}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
 # ---------------------------------------------------------------- schedule
 
 
@@ -356,17 +368,14 @@ class StatusLine:
 
 def progress_of_attack(name):
     """A report for eval_attacks' functions: what is unbroken, and a bound on the time left."""
-    line, start, total = StatusLine(), time.perf_counter(), None
+    line, start = StatusLine(), time.perf_counter()
 
-    def report(left, robust):
-        nonlocal total
-        total = total or left
+    def report(done, left, robust):
         if left == 0:
             line.clear()
         elif line.due():
-            seconds = (time.perf_counter() - start) * left / max(total - left, 1)
-            unbroken = f"{int(robust.sum()):,} of {len(robust):,} unbroken"
-            line.show(f"{name}: {unbroken}, at most {clock(seconds)} left")
+            bound = clock((time.perf_counter() - start) * left / done)
+            line.show(f"{name}: {int(robust.sum()):,} of {len(robust):,} unbroken, at most {bound} left")
 
     return report
 
@@ -479,9 +488,9 @@ class Run:
                 before = json.loads((out / "config.json").read_text())
             except ValueError:
                 fail(f"{out}/config.json is damaged: --overwrite starts the run anew")
-            for key in config:
+            for key in sorted(config, key=lambda key: key != "method"):
                 if key not in FREE_FLAGS and before.get(key) != config[key]:
-                    flag = "--" + key.replace("_", "-")
+                    flag = "--" + key.replace("_", "-") if key != "method" else "the method"
                     fail(f"cannot resume {out}: {flag} was {before.get(key)} there and is {config[key]} now")
             if (out / "checkpoint.pt").exists():  # else it was killed in its first epoch
                 self._load_checkpoint()
@@ -607,7 +616,8 @@ class Run:
             if row["warning"]:
                 print(f"warning: first seen in epoch {row['epoch']}: {row['warning']}")
                 break
-        print(f"wrote    {self.out}/model.pt; next: python eval_attacks.py {self.out} --eps {self.args.eps:g}")
+        print(f"wrote    {self.out}/model.pt")
+        print(f"next     python eval_attacks.py {self.out} --eps {self.args.eps:g}")
 
     def _weights(self):
         return {"arguments": self.model.arguments, "state_dict": self.model.state_dict()}

@@ -58,13 +58,13 @@ def pgd(
     One active set: an image leaves at its first misclassified point, and its place goes to the next image
     or, once all had their first start, to the next restart of one that is unbroken. A start depends on
     (seed, image, restart) alone, so batch_size changes the speed and not the attack. Under autocast the
-    search runs in bfloat16. report(left, robust): an upper bound on the gradient evaluations to come.
+    search runs in bfloat16. report(done, left, robust): gradient evaluations so far and at most to come.
     """
     step_size = eps / 4 if step_size is None else step_size
     robust = predict(model, x, batch_size) == y
     x_adv = x.clone()
     queue = deque((i, 0) for i in robust.nonzero().flatten().tolist())  # (image, restart)
-    left = len(queue) * restarts * (steps + 1)
+    done, left = 0, len(queue) * restarts * (steps + 1)
     # The active set. Which image and restart and how many steps to go, on the CPU; where each stands.
     image, restart, steps_left = torch.zeros(3, 0, dtype=torch.long)
     point = x[:0]
@@ -78,7 +78,7 @@ def pgd(
             point = torch.cat([point, start.clamp(0, 1)])
             image, restart = torch.cat([image, new_image]), torch.cat([restart, new_restart])
             steps_left = torch.cat([steps_left, torch.full((len(jobs),), steps)])
-        left -= len(image)
+        done, left = done + len(image), left - len(image)
         where = image.to(x.device)
         centre, label = x[where], y[where]
 
@@ -108,7 +108,7 @@ def pgd(
         point = point.detach()[stay.to(x.device)]
         image, restart, steps_left = image[stay], restart[stay], steps_left[stay] - 1
         if report:
-            report(left, robust)
+            report(done, left, robust)
     return robust, x_adv
 
 
@@ -157,7 +157,8 @@ def main():
     data = common.load_test_data(args, model.arguments["num_classes"])
     x, y = data.test(args.n)
     eps, n = args.eps / 255, len(y)
-    print(f"{args.run} on {n:,} test images of {data.name}, eps {args.eps:g}/255, float32, {args.device}")
+    print(f"network  {args.run}, {args.device}, float32")
+    print(f"images   first {n:,} test images of {data.name}, eps {args.eps:g}/255")
 
     with torch.no_grad():
         if not model(x[:100]).isfinite().all():
@@ -197,7 +198,8 @@ def main():
     for name, accuracy, broken, seconds in rows:
         print(f"{name:<14}{accuracy:>12.2f}{broken:>10,}{seconds:>10.1f}")
     robust = 100 * common.share(unbroken)
-    print(f"{'robust':<14}{robust:>12.2f}{n - int(unbroken.sum()):>10,}{sum(row[3] for row in rows):>10.1f}")
+    if len(args.attack) > 1:
+        print(f"{'robust':<14}{robust:>12.2f}{n - int(unbroken.sum()):>10,}{sum(row[3] for row in rows):>10.1f}")
     if args.examples:
         shown = (correct & ~unbroken).nonzero().flatten()[:10]
         save_examples(args.examples, model, x[shown], adversarial[shown], y[shown], eps, data.classes)
@@ -214,6 +216,7 @@ def main():
             "dataset": data.name,
             "seed": args.seed,
             **common.versions(args.device),
+            "training": common.training_of(args.run),
         }
         common.write_text(args.json, json.dumps(result, indent=1) + "\n")
 

@@ -110,13 +110,15 @@ def test_the_active_set_is_full_and_spends_no_more_than_it_must(trained):
             calls.append(len(images))
         return model(images)
 
-    robust, _ = pgd(counting, x, y, EPS, 5, 4, batch_size=10, report=lambda left, _: bounds.append(left))
+    robust, _ = pgd(counting, x, y, EPS, 5, 4, batch_size=10, report=lambda done, left, _: bounds.append((done, left)))
     survivors = int(robust.sum())
     first = int((predict(model, x) == y).sum())
     assert survivors * 4 * 6 <= sum(calls) < first * 4 * 6
     full = [n == 10 for n in calls]
     assert all(full[: full.index(False)]) and full.index(False) > 0.6 * len(full)
-    assert bounds == sorted(bounds, reverse=True) and bounds[-1] == 0
+    assert [done for done, _ in bounds] == [sum(calls[: i + 1]) for i in range(len(calls))]
+    left = [left for _, left in bounds]
+    assert left == sorted(left, reverse=True) and left[-1] == 0
 
 
 def test_restarts_find_more_and_an_easy_net_is_broken_at_once(trained):
@@ -171,6 +173,7 @@ def test_command_line(cli, run, tmp_path):
     result = json.loads(file.read_text())
     assert {"clean", "robust", "attacks", "n", "eps", "seconds", "torch", "device", "command"} <= set(result)
     assert result["n"] == 50 and result["eps"] == 2
+    assert result["training"]["method"] == "slat" and result["training"]["last_epoch"]["epoch"] == 2
     assert result["robust"] == result["attacks"]["pgd-3-2"] <= result["attacks"]["fgsm"] <= result["clean"]
 
     model = load_model(run)

@@ -60,7 +60,7 @@ def test_n_fgsm_leaves_the_ball_and_not_the_box(smooth):
     x_adv = train_n_fgsm.n_fgsm(model, x, y, EPS, 2 * EPS)
     torch.testing.assert_close(x_adv, expected)
     distance = (x_adv - x).abs()
-    assert EPS < distance.median() and distance.max() <= 3 * EPS + 1e-9
+    assert (distance > EPS).double().mean() > 0.3 and distance.max() <= 3 * EPS + 1e-9
     assert x_adv.min() >= 0 and x_adv.max() <= 1
 
 
@@ -95,14 +95,12 @@ def test_fgsm_ckpt_trains_on_the_first_point_that_fools(smooth):
     network, *_ = smooth
     torch.manual_seed(1)
     x = torch.rand(40, 3, 6, 6).double()
-    clean = network(x).argmax(1)
-    y = torch.where(torch.arange(40) % 4 == 0, (clean + 1) % 3, clean)  # every fourth is wrong as it is
     for p in network.fc.parameters():
         p.data *= 10
     network.fc.bias.data -= network(x).mean(0).detach()
     clean = network(x).argmax(1)
-    y = torch.where(torch.arange(40) % 4 == 0, (clean + 1) % 3, clean)
-    radius = 0.2
+    y = torch.where(torch.arange(40) % 4 == 0, (clean + 1) % 3, clean)  # every fourth is wrong as it is
+    radius = 0.06
     torch.manual_seed(4)
     end = train_fgsm_rs.fgsm_rs(network, x, y, radius, 1.25 * radius)
     expected, chosen = end.clone(), []

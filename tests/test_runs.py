@@ -81,7 +81,7 @@ def test_a_run_leaves_what_it_promises(cli, tmp_path, name):
     assert all(set(keys.split()) <= set(row) for row in metrics)
     assert metrics[-1]["lr"] == pytest.approx(0.2 / (8 * replays) / 0.6)
     assert re.search(r"estimate about \d+:\d\d of training", out)
-    assert max(map(len, out.split("next:")[0].splitlines())) <= 80 + len(str(run))
+    assert max(map(len, out.splitlines())) <= 80 + len(str(run))
     model = load_model(run)
     final = load_file(run / "checkpoint.pt")["state_dict"]
     assert all(torch.equal(value, final[key]) for key, value in model.state_dict().items())
@@ -234,8 +234,10 @@ def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, tmp
         ("", "holds a run"),
         ("--resume --eps 4", "--eps was 8.0 there and is 4.0"),
         ("--resume --width 2", "--width"),
+        ("slat --resume", "the method was fgsm there and is slat now"),
     ):
-        code, _, err = cli(train_fgsm, f"{flags} {more}")
+        script = train_slat if more.startswith("slat") else train_fgsm
+        code, _, err = cli(script, f"{flags} {more.removeprefix('slat')}")
         assert code == 2 and message in err and err.count("\n") == 1
         assert (tmp_path / "model.pt").read_bytes() == before
     assert cli(train_fgsm, f"{flags} --overwrite --seed 1")[0] == 0

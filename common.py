@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import io
 import json
 import math
 import os
@@ -383,23 +384,30 @@ def progress_of_attack(name):
 # ---------------------------------------------------------------- files
 
 
-def write_file(path, write):
-    """Call write(file) on a new file beside path, then move it there: path is whole at any time."""
+def write_file(path, content):
+    """Write bytes to a new file beside path, then move it there: path is whole at any time."""
     path = Path(path)
     new = path.with_name(path.name + ".new")
     try:
         with open(new, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except BaseException:
+    except OSError as error:
         new.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_text(path, text):
-    write_file(path, lambda file: file.write(text.encode()))
+    write_file(path, text.encode())
+
+
+def write_torch(path, state):
+    # By way of memory: torch.save to a file on a full disk fails in C++, and not with an OSError.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(path, buffer.getbuffer())
 
 
 # ---------------------------------------------------------------- monitor
@@ -623,7 +631,7 @@ class Run:
         return {"arguments": self.model.arguments, "state_dict": self.model.state_dict()}
 
     def _save(self, name):
-        write_file(self.out / name, lambda file: torch.save(self._weights(), file))
+        write_torch(self.out / name, self._weights())
 
     def _save_checkpoint(self):
         state = {
@@ -638,7 +646,7 @@ class Run:
         }
         if self.args.device.startswith("cuda"):
             state["cuda_rng"] = torch.cuda.get_rng_state(self.args.device)
-        write_file(self.out / "checkpoint.pt", lambda file: torch.save(state, file))
+        write_torch(self.out / "checkpoint.pt", state)
         self._write_metrics()
 
     def _write_metrics(self):

@@ -247,26 +247,27 @@ def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, tmp
     assert code == 2 and "damaged" in err and err.count("\n") == 1
 
 
-def test_files_that_cannot_be_written(cli, tmp_path):
+def test_a_run_folder_that_cannot_be(cli, tmp_path):
     (tmp_path / "file").write_text("")
-    code, _, err = cli(train_fgsm, f"{SMALL} --out {tmp_path / 'file'}")
-    assert code == 2 and "is a file" in err and err.count("\n") == 1
-    if Path("/dev/full").exists():  # every write to it says: no space left
-        with pytest.raises(OSError), open("/dev/full", "wb") as full:
-            torch.save({"x": torch.zeros(10)}, full)
+    for out, message in (("file", "is a file"), ("file/run", "Not a directory")):
+        code, _, err = cli(train_fgsm, f"{SMALL} --out {tmp_path / out}")
+        assert code == 2 and message in err and err.count("\n") == 1
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    common.write_text(path, "old")
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(cli, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    replaced = []
 
-    def disk_full(file):
-        file.write(b"half of the new")
-        raise OSError(28, "No space left on device")
+    def replace(new, path, original=common.os.replace):
+        if Path(path).name == "checkpoint.pt" and replaced.count("checkpoint.pt") == 1:
+            raise OSError(28, "No space left on device")
+        replaced.append(Path(path).name)
+        original(new, path)
 
-    with pytest.raises(OSError):
-        common.write_file(path, disk_full)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(common.os, "replace", replace)
+    code, _, err = cli(train_fgsm, f"{SMALL} --epochs 3 --out {run}")
+    assert code == 2 and err == f"train_fgsm.py: error: No space left on device: {run}/checkpoint.pt\n"
+    assert load_file(run / "checkpoint.pt")["epoch"] == 1 and not list(run.glob("*.new"))
 
 
 GOOD = dict(

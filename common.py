@@ -598,9 +598,10 @@ class Run:
             "images_per_second": self.seen / seconds,
         }
         self.line.show(f"epoch {self.epoch}/{self.args.epochs}: clean, FGSM and PGD-10 accuracy ...")
-        with autocast(self.args):
+        # Eager: the active set's batches change their size, and each would be compiled anew.
+        with autocast(self.args), torch.compiler.set_stance("force_eager"):
             for split, images in (("test", self.data.test), ("train", self.data.train)):
-                accuracies = monitor(self.model.forward, *images(self.args.monitor), self.args.eps / 255)
+                accuracies = monitor(self.model, *images(self.args.monitor), self.args.eps / 255)
                 row |= {f"{split}_{name}": accuracy for name, accuracy in accuracies.items()}
         row["monitor_seconds"] = time.perf_counter() - start
         row["warning"] = overfitting(row)

@@ -47,6 +47,8 @@ def parse_args():
     parser.add_argument("--alpha", type=common.number(float, 0, 255), help="step size, in 1/255 (default: eps)")
     parser.add_argument("--ga-lambda", type=common.number(float, 0), default=0.2, help="weight of the misalignment")
     args = common.parse(parser)
+    if args.compile:
+        parser.error("argument --compile: torch.compile cannot differentiate twice, which this method does")
     args.alpha = args.eps if args.alpha is None else args.alpha
     return args
 

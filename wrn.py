@@ -91,6 +91,11 @@ class WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.fc.bias)
 
+    def compile(self, *args, **kwargs):
+        """torch.compile each group in place: of a network compiled whole, h would not be part of the graph."""
+        for group in (self.conv2, self.conv3, self.conv4):
+            group.compile(*args, **kwargs)
+
     def forward(self, x, delta=None, return_features=False):
         """Logits (B, num_classes) in float32; with return_features also {name: h_name}.
 

@@ -225,6 +225,11 @@ def test_bad_flags_are_one_line_and_write_nothing(cli, tmp_path, script, flags, 
     assert not list(tmp_path.iterdir())
 
 
+def test_fgsm_ga_cannot_be_compiled(cli, tmp_path):
+    code, _, err = cli(train_fgsm_ga, f"{SMALL} --compile --out {tmp_path / 'run'}")
+    assert code == 2 and err.count("\n") == 1 and "--compile" in err and not list(tmp_path.iterdir())
+
+
 def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, tmp_path):
     flags = f"{SMALL} --epochs 1 --out {tmp_path}"
     (tmp_path / "notes.txt").write_text("mine")

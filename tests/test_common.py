@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 import torchvision.transforms.functional as TF
 
 import common
@@ -73,6 +74,22 @@ def test_offsets_and_flips_are_uniform(tiny):
     shown = grey.any(1)
     position = grey[shown].int().argmax(1)
     assert abs((position >= 4).double().mean() - 0.5) < 0.03
+
+
+def test_torchvisions_data_set_is_read_as_the_npz_is(tiny, monkeypatch):
+    class Downloaded:
+        classes = tiny.classes
+
+        def __init__(self, root, train, download):
+            assert root == "somewhere" and download
+            images, labels = (tiny.train_x[:, 4:-4, 4:-4], tiny.train_y) if train else (tiny.test_x, tiny.test_y)
+            self.data, self.targets = images.numpy(), labels.tolist()
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Downloaded)
+    arrays, classes = common.load_arrays("cifar10", "somewhere")
+    data = common.Data("cifar10", classes, arrays, "cpu")
+    assert classes == tiny.classes and data.mean == tiny.mean
+    assert torch.equal(data.train_x, tiny.train_x) and torch.equal(data.test_y, tiny.test_y)
 
 
 def test_statistics_are_those_of_the_pixels(tiny):

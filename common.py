@@ -296,10 +296,15 @@ def load_data(args):
     return data
 
 
+def run_folder(run):
+    """The folder of a run that is named by its folder or by a file in it."""
+    return Path(run) if Path(run).is_dir() else Path(run).parent
+
+
 def load_test_data(args, num_classes):
     """The data set that eval_attacks.py's flags name: by default what the run was trained on."""
     if args.dataset is None:
-        folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+        folder = run_folder(args.run)
         try:
             args.dataset = json.loads((folder / "config.json").read_text())["dataset"]
         except (OSError, ValueError, KeyError):
@@ -312,7 +317,7 @@ def load_test_data(args, num_classes):
 
 def training_of(run):
     """What is known of the training behind a run folder or a file in it: its config and training seconds."""
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    folder = run_folder(run)
     try:
         config = json.loads((folder / "config.json").read_text())
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -395,8 +400,9 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(new, path)
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def write_text(path, text):

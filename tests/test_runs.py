@@ -275,6 +275,20 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(cli, tmp_path, mon
     assert load_file(run / "checkpoint.pt")["epoch"] == 1 and not list(run.glob("*.new"))
 
 
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, fault):
+    path = tmp_path / "checkpoint.pt"
+    common.write_text(path, "old")
+
+    def fsync(_):  # half-way: the new bytes are in the file beside it
+        raise fault
+
+    monkeypatch.setattr(common.os, "fsync", fsync)
+    with pytest.raises(type(fault)):
+        common.write_text(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
 GOOD = dict(
     train_x=np.zeros((8, 8, 8, 3), np.uint8),
     train_y=np.arange(8, dtype=np.int64) % 4,

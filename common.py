@@ -374,13 +374,15 @@ class StatusLine:
 
 def progress_of_attack(name):
     """A report for eval_attacks' functions: what is unbroken, and a bound on the time left."""
-    line, start = StatusLine(), time.perf_counter()
+    line, begin = StatusLine(), []
 
     def report(done, left, robust):
+        if not begin:  # a resumed attack begins with some done
+            begin[:] = time.perf_counter(), done
         if left == 0:
             line.clear()
         elif line.due():
-            bound = clock((time.perf_counter() - start) * left / done)
+            bound = clock((time.perf_counter() - begin[0]) * left / max(done - begin[1], 1))
             line.show(f"{name}: {int(robust.sum()):,} of {len(robust):,} unbroken, at most {bound} left")
 
     return report

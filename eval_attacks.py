@@ -1,21 +1,30 @@
 #!/usr/bin/env python3
-"""Robust accuracy of a network on images in [0, 1]: FGSM and PGD with restarts.
+"""Robust accuracy of a network on images in [0, 1]: PGD with restarts and AutoAttack, in one file.
 
-    python eval_attacks.py runs/NAME --attack pgd --eps 8 --n 1000
+    python eval_attacks.py runs/NAME --attack autoattack --eps 8 --n 1000
 
-The attacks need torch alone and take any network that maps images in [0, 1] to logits:
+The attacks need torch alone and take any network that maps images (N, C, H, W) in [0, 1] to logits:
 
-    from eval_attacks import pgd
-    robust, x_adv = pgd(model.eval(), x, y, eps=8 / 255)
+    from eval_attacks import autoattack
+    robust, x_adv = autoattack(model.eval(), x, y, eps=8 / 255)
 
 Threat model: l-infinity, |x_adv - x| <= eps and x_adv in [0, 1]. An image is broken when the network
 misclassifies it as it is, or once a point was found that lies within both bounds and is misclassified
 in float32. What the search itself computes in is a matter of speed; what it claims is checked.
+
+Read in this order: the losses, `search` (the active set that all attacks share), the attacks, the checks,
+the command line. An attack is a class with a `start` and a `step`; PGD is the shortest.
 """
 
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import io
 import json
+import math
+import sys
 import time
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -23,202 +32,753 @@ import torch.nn.functional as F
 
 # Computing |x_adv - x| <= eps rounds too: a few units in the last place of a float32 near 1.
 ROUNDING = 5e-7
+# Steps of the active set between two calls of `save`.
+SAVE_EVERY = 100
+
+# ---------------------------------------------------------------- verdicts
+
+
+def logits_at(model, point):
+    """Logits (B, classes), in float32 or better, of images (B, C, H, W)."""
+    logits = model(point.contiguous(memory_format=torch.channels_last))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def outputs(model, x, batch_size=250):
+    """Logits (N, classes) of images x (N, C, H, W), computed in float32 whatever autocast is on outside."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return torch.cat([logits_at(model, part) for part in x.split(batch_size)])
 
 
 def predict(model, x, batch_size=250):
-    """Class indices (N,) of images x (N, C, H, W), in float32 whatever autocast is on outside."""
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return torch.cat([model(part).argmax(1) for part in x.split(batch_size)])
+    """Class indices (N,) of images x (N, C, H, W), as `outputs` computes them."""
+    return outputs(model, x, batch_size).argmax(1)
 
 
 def is_adversarial(model, x, x_adv, y, eps):
     """(N,) bool: x_adv lies within eps of x and within [0, 1], and is misclassified in float32."""
     within_eps = (x_adv - x).abs().flatten(1).amax(1) <= eps + ROUNDING
     within_box = (x_adv.flatten(1).amin(1) >= 0) & (x_adv.flatten(1).amax(1) <= 1)
-    return within_eps & within_box & (predict(model, x_adv) != y)
+    verdict = within_eps & within_box
+    if verdict.any():
+        verdict[verdict.clone()] = predict(model, x_adv[verdict]) != y[verdict]
+    return verdict
 
 
-def noise(shape, seed, image, restart):
+# ---------------------------------------------------------------- losses, to be raised: (B,) from logits (B, classes)
+
+
+def of_class(logits, y):
+    return logits.gather(1, y[:, None])[:, 0]
+
+
+def margin(logits, y, target=None):
+    """The best wrong logit minus the right one: above zero means misclassified."""
+    return logits.scatter(1, y[:, None], -math.inf).amax(1) - of_class(logits, y)
+
+
+def cross_entropy(logits, y, target=None):
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def dlr(logits, y, target=None):
+    """Difference of logits ratio (Croce & Hein 2020, eq. 6). Of two classes it would be +-1: there it is the margin."""
+    top = logits.sort(1, descending=True)[0]
+    scale = top[:, 0] - top[:, 2] + 1e-12 if logits.shape[1] > 2 else 1
+    return margin(logits, y) / scale
+
+
+def dlr_targeted(logits, y, target):
+    """Targeted DLR (Croce & Hein 2020, eq. 7), which needs four classes; of three it divides as `dlr` does."""
+    top = logits.sort(1, descending=True)[0]
+    third = top[:, 2:4].mean(1) if logits.shape[1] > 2 else top[:, 0] - 1
+    return difference(logits, y, target) / (top[:, 0] - third + 1e-12)
+
+
+def difference(logits, y, target):
+    """The target's logit minus the right one: above zero means misclassified."""
+    return of_class(logits, target) - of_class(logits, y)
+
+
+def ascend(model, point, loss, y, target):
+    """logits, the loss (B,) and its gradient at point (B, C, H, W)."""
+    point = point.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = logits_at(model, point)
+        value = loss(logits, y, target)
+        # The sum over the batch, not the mean: an image's gradient must not depend on its neighbours.
+        (gradient,) = torch.autograd.grad(value.sum(), point)
+    return logits.detach(), value.detach(), gradient.contiguous()
+
+
+# ---------------------------------------------------------------- the active set
+
+
+def noise(shape, seed, image, trial):
     """Uniform in [-1, 1], a function of its arguments alone: not of what else is in the batch."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + restart) * 1_000_003 + image)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + trial) * 1_000_003 + image)
     return torch.rand(shape, generator=generator) * 2 - 1
 
 
-def pgd(
-    model, x, y, eps, steps=50, restarts=10, step_size=None, random_start=True, batch_size=250, seed=0, report=None
+def per_image(values):
+    """(B,) -> (B, 1, 1, 1), so that it multiplies images."""
+    return values.view(-1, 1, 1, 1)
+
+
+def project(point, x, eps):
+    """The nearest point within eps of x and within [0, 1]."""
+    return torch.minimum(torch.maximum(point, x - eps), x + eps).clamp(0, 1)
+
+
+def take(state, keep):
+    """The rows of an active set where keep (B,) is True."""
+    rows = keep.nonzero().flatten()
+    return state if len(rows) == len(keep) else {key: value.index_select(0, rows) for key, value in state.items()}
+
+
+def join(state, more):
+    return {key: torch.cat([state[key], more[key]]) for key in more} if state else more
+
+
+@contextlib.contextmanager
+def frozen(model):
+    """No gradients of weights, and nothing kept for them."""
+    weights = [w for w in model.parameters() if w.requires_grad] if isinstance(model, torch.nn.Module) else []
+    for w in weights:
+        w.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for w in weights:
+            w.requires_grad_(True)
+
+
+def search(
+    model, x, y, eps, attack, trials, batch_size=250, seed=0, precision=None, report=None, save=None, resume=None
 ):
-    """Projected gradient descent (Madry et al. 2017, arXiv:1706.06083) on the cross-entropy.
+    """Run an attack on all images, `trials` restarts or target classes each; the engine of every function below.
 
     model: images in [0, 1] -> logits, in eval mode. x: (N, C, H, W) float32 in [0, 1]; y: (N,) class indices.
-    eps, step_size: in [0, 1] units; step_size None is eps / 4, which is 2/255 at eps 8/255.
-    Each restart begins uniformly in the eps-ball (random_start=False: at x itself), clipped to [0, 1].
-    Returns robust, (N,) bool, and x_adv, (N, C, H, W): a misclassified point where one was found, else where
-    the last restart ended.
+    eps: in [0, 1] units.
+    Returns robust, (N,) bool, and x_adv, (N, C, H, W): a misclassified point where one was found, else the
+    strongest that the last trial saw (FAB: x itself, its points lie outside the ball).
 
-    One active set: an image leaves at its first misclassified point, and its place goes to the next image
-    or, once all had their first start, to the next restart of one that is unbroken. A start depends on
-    (seed, image, restart) alone, so batch_size changes the speed and not the attack. Under autocast the
-    search runs in bfloat16. report(done, left, robust): gradient evaluations so far and at most to come.
+    One active set of up to batch_size rows, a row being one trial of one image. An image leaves with all its
+    rows at its first misclassified point, and the next trial in the queue (first trials of all images, then
+    second ones, ...) takes the place. What is random depends on (seed, image, trial) alone, so batch_size
+    changes the speed and which of several adversarial points is returned, but no verdict.
+
+    precision: None searches as autocast is set outside, "fp32" in float32, "bf16" in bfloat16. What bfloat16 leaves
+    unbroken is attacked again in float32, from the best point of every trial and for a tenth of the iterations.
+    Points are judged in float32 in any case.
+    report(done, left, robust): iterations of rows so far and at most to come.
+    save(state): called after every SAVE_EVERY steps of the set; `resume=state` goes on from there.
     """
-    step_size = eps / 4 if step_size is None else step_size
-    robust = predict(model, x, batch_size) == y
+    if not len(x):
+        return torch.ones_like(y, dtype=torch.bool), x.clone()
+    logits = outputs(model, x, batch_size)
+    robust = logits.argmax(1) == y
+    ranking = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)  # y, then the others, best first
+    trials = min(trials, logits.shape[1] - 1) if attack.targeted else trials
+    first = robust.nonzero().flatten()
+    queue = torch.stack([first.repeat(trials), torch.arange(trials, device=x.device).repeat_interleave(len(first))], 1)
     x_adv = x.clone()
-    queue = deque((i, 0) for i in robust.nonzero().flatten().tolist())  # (image, restart)
-    done, left = 0, len(queue) * restarts * (steps + 1)
-    # The active set. Which image and restart and how many steps to go, on the CPU; where each stands.
-    image, restart, steps_left = torch.zeros(3, 0, dtype=torch.long)
-    point = x[:0]
-    while queue or len(image):
-        jobs = [queue.popleft() for _ in range(min(len(queue), batch_size - len(image)))]
-        if jobs:
-            new_image, new_restart = torch.tensor(jobs).T
-            start = x[new_image.to(x.device)]
-            if random_start:
-                start = start + eps * torch.stack([noise(x.shape[1:], seed, *job) for job in jobs]).to(x)
-            point = torch.cat([point, start.clamp(0, 1)])
-            image, restart = torch.cat([image, new_image]), torch.cat([restart, new_restart])
-            steps_left = torch.cat([steps_left, torch.full((len(jobs),), steps)])
-        done, left = done + len(image), left - len(image)
-        where = image.to(x.device)
-        centre, label = x[where], y[where]
+    fp32, bf16 = (functools.partial(torch.autocast, x.device.type, torch.bfloat16, enabled=e) for e in (False, True))
+    contexts = {None: [contextlib.nullcontext], "fp32": [fp32], "bf16": [bf16, fp32]}[precision]
+    ends = [attack.length, attack.length + math.ceil(attack.length / 10)][: len(contexts)]
+    sets = [{} for _ in ends]  # with bf16: the rows in bfloat16, and those in float32 after it
+    begun, done, steps = 0, 0, 0
+    if resume:
+        robust, x_adv, sets = resume["robust"].to(x.device), resume["x_adv"].to(x), resume["sets"]
+        sets = [{key: value.to(x.device) for key, value in s.items()} for s in sets]
+        begun, done = resume["begun"], resume["done"]
 
-        point.requires_grad_()
-        with torch.enable_grad():
-            logits = model(point).float()
-        broken = logits.detach().argmax(1) != label
-        if broken.any():
-            claim = broken.nonzero().flatten()
-            broken[claim] = is_adversarial(model, centre[claim], point.detach()[claim], label[claim], eps)
-            x_adv[where[broken]] = point.detach()[broken]
-            robust[where[broken]] = False
+    def size(s):
+        return len(s["image"]) if s else 0
 
-        out = broken.cpu()
-        left -= int((steps_left + (restarts - 1 - restart) * (steps + 1))[out].sum())
-        over = ~out & (steps_left == 0)
-        queue.extend((i, r + 1) for i, r in zip(image[over].tolist(), restart[over].tolist()) if r + 1 < restarts)
-        x_adv[where[over.to(x.device)]] = point.detach()[over.to(x.device)]
-        stay = ~out & ~over
-        if stay.any():
-            # The sum over the batch, not the mean: an image's gradient must not depend on its neighbours.
-            with torch.enable_grad():
-                loss = F.cross_entropy(logits, label, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, point)
-            point = point.detach() + step_size * gradient.sign()
-            point = torch.minimum(torch.maximum(point, centre - eps), centre + eps).clamp(0, 1)
-        point = point.detach()[stay.to(x.device)]
-        image, restart, steps_left = image[stay], restart[stay], steps_left[stay] - 1
-        if report:
-            report(done, left, robust)
+    with frozen(model):
+        while True:
+            while size(sets[0]) < batch_size and begun < len(queue):
+                jobs = queue[begun : begun + batch_size - size(sets[0])]
+                begun += len(jobs)
+                image, trial = jobs[robust[jobs[:, 0]]].T
+                if len(image):
+                    new = {"image": image, "trial": trial, "age": torch.zeros_like(image), "x": x[image], "y": y[image]}
+                    if attack.targeted:
+                        new["target"] = ranking[image, trial + 1]
+                    sets[0] = join(sets[0], attack.start(new, seed))
+            # The float32 set waits until it is full, or until there is nothing else to do.
+            k = len(sets) - 1 if size(sets[-1]) >= batch_size or not size(sets[0]) else 0
+            s = sets[k]
+            if not size(s):
+                return robust, x_adv
+            with contexts[k]():
+                candidate, logits = attack.step(model, s)
+            s["age"] = s["age"] + 1
+            done, steps = done + size(s), steps + 1
+
+            rows = (logits.argmax(1) != s["y"]).nonzero().flatten()
+            if len(rows):
+                image = s["image"][rows]
+                truly = is_adversarial(model, s["x"][rows], candidate[rows], s["y"][rows], eps)
+                # Two trials may break an image in one step: the first row counts.
+                winners = dict(zip(image[truly].tolist()[::-1], rows[truly].tolist()[::-1]))
+                if winners:
+                    image, row = (torch.tensor(list(v), device=x.device) for v in (winners.keys(), winners.values()))
+                    x_adv[image], robust[image] = candidate[row].to(x_adv.dtype), False
+            over = robust[s["image"]] & (s["age"] >= ends[k])
+            if over.any():
+                ended = take(s, over)
+                if k + 1 < len(sets):
+                    sets[k + 1] = join(sets[k + 1], attack.again(ended))
+                else:
+                    last = ended["trial"] == trials - 1
+                    x_adv[ended["image"][last]] = ended["best"][last]
+            sets[k] = take(s, ~over)
+            if len(rows):
+                sets = [take(s, robust[s["image"]]) if s else s for s in sets]
+            if report:
+                ahead = robust[queue[begun:, 0]].sum() * ends[-1]
+                report(done, int(ahead + sum((ends[-1] - s["age"]).sum() for s in sets if s)), robust)
+            if save and steps % SAVE_EVERY == 0:
+                save({"robust": robust, "x_adv": x_adv, "sets": sets, "begun": begun, "done": done})
+
+
+# ---------------------------------------------------------------- attacks
+
+
+class Pgd:
+    targeted = False
+
+    def __init__(self, eps, steps, step_size, random_start):
+        self.eps, self.step_size, self.random_start = eps, step_size, random_start
+        self.length = steps + 1  # the last point is looked at too
+
+    def start(self, s, seed):
+        s["point"] = s["x"]
+        if self.random_start:
+            s["point"] = project(s["x"] + self.eps * start_noise(s, seed), s["x"], self.eps)
+        return s | {"best": s["point"]}
+
+    def again(self, s):
+        return s
+
+    def step(self, model, s):
+        logits, _, gradient = ascend(model, s["point"], cross_entropy, s["y"], None)
+        s["best"] = s["point"]
+        s["point"] = project(s["point"] + self.step_size * gradient.sign(), s["x"], self.eps)
+        return s["best"], logits
+
+
+def start_noise(s, seed, shape=None):
+    """noise for every row of a set; shape: of one row, that of its image by default."""
+    shape = shape or s["x"].shape[1:]
+    return torch.stack([noise(shape, seed, *job) for job in zip(s["image"].tolist(), s["trial"].tolist())]).to(s["x"])
+
+
+def pgd(model, x, y, eps, steps=50, restarts=10, step_size=None, random_start=True, **options):
+    """Projected gradient descent (Madry et al. 2017, arXiv:1706.06083) on the cross-entropy.
+
+    step_size: in [0, 1] units; None is eps / 4, which is 2/255 at eps 8/255. Each restart begins uniformly in
+    the eps-ball (random_start=False: at x itself), clipped to [0, 1]. The rest: see `search`.
+    """
+    attack = Pgd(eps, steps, eps / 4 if step_size is None else step_size, random_start)
+    return search(model, x, y, eps, attack, restarts, **options)
+
+
+def fgsm(model, x, y, eps, **options):
+    """One step of size eps from x (Goodfellow et al. 2014, arXiv:1412.6572), as an attack: see `search`."""
+    return pgd(model, x, y, eps, 1, 1, eps, False, **options)
+
+
+def checkpoints(steps):
+    """Iterations at which APGD may halve its step: 22, 41, 57, 70, 80, 87, 93, 99 of 100 (Croce & Hein 2020, 3.1)."""
+    window, at = max(int(0.22 * steps), 1), []
+    while sum(at) + window <= steps:
+        at.append(window)
+        window = max(window - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
+    return [sum(at[: j + 1]) for j in range(len(at))]
+
+
+class Apgd:
+    def __init__(self, eps, steps, loss):
+        self.eps, self.loss = eps, LOSSES[loss]
+        self.targeted = loss == "dlr-targeted"
+        self.length = steps + 1
+        # window[i]: 0, or how many iterations ago the last checkpoint was if there is one after iteration i.
+        # The second part is for the float32 iterations after a bfloat16 search.
+        more = math.ceil(self.length / 10)
+        self.window = torch.zeros(self.length + more, dtype=torch.long)
+        for begin, count in ((0, steps), (self.length, more - 1)):
+            at = checkpoints(count)
+            for previous, now in zip([0, *at], at):
+                self.window[begin + now] = now - previous
+
+    def start(self, s, seed):
+        t = start_noise(s, seed)
+        s["best"] = project(s["x"] + self.eps * t / t.abs().amax((1, 2, 3), keepdim=True), s["x"], self.eps)
+        return self.begin(s, 2 * self.eps)
+
+    def again(self, s):
+        return self.begin(s, self.eps / 4)
+
+    def begin(self, s, step_size):
+        """Everything at s["best"], with nothing known of it."""
+        value = torch.full_like(s["best"][:, 0, 0, 0], math.inf)
+        return s | {
+            "point": s["best"],
+            "previous": s["best"],  # where the last step left
+            "best_gradient": torch.zeros_like(s["best"]),
+            "loss": value,  # where the last step left
+            "best_loss": -value,
+            "best_loss_then": -value,  # at the last checkpoint
+            "raised": torch.zeros_like(s["age"]),  # iterations since the last checkpoint that raised the loss
+            "halved": torch.ones_like(s["age"], dtype=torch.bool),  # at the last checkpoint
+            "step_size": torch.full_like(value, step_size),
+        }
+
+    def step(self, model, s):
+        candidate = point = s["point"]
+        logits, loss, gradient = ascend(model, point, self.loss, s["y"], s.get("target"))
+        s["raised"] = s["raised"] + (loss > s["loss"])
+        better = loss > s["best_loss"]
+        s["best_loss"] = torch.where(better, loss, s["best_loss"])
+        s["best"] = torch.where(per_image(better), point, s["best"])
+        s["best_gradient"] = torch.where(per_image(better), gradient, s["best_gradient"])
+
+        window = self.window.to(point.device)[s["age"]]
+        check = window > 0
+        if check.any():
+            few = s["raised"] < 0.75 * window
+            stuck = ~s["halved"] & (s["best_loss"] <= s["best_loss_then"])
+            halve = check & (few | stuck)
+            s["step_size"] = torch.where(halve, s["step_size"] / 2, s["step_size"])
+            point = torch.where(per_image(halve), s["best"], point)
+            gradient = torch.where(per_image(halve), s["best_gradient"], gradient)
+            loss = torch.where(halve, s["best_loss"], loss)
+            s["halved"] = torch.where(check, halve, s["halved"])
+            s["best_loss_then"] = torch.where(check, s["best_loss"], s["best_loss_then"])
+            s["raised"] = torch.where(check, 0, s["raised"])
+
+        moved = project(point + per_image(s["step_size"]) * gradient.sign(), s["x"], self.eps)
+        # The first iteration has no momentum: there point is previous, and a is 1.
+        a = per_image(torch.where(s["loss"].isposinf(), 1.0, 0.75).to(point))
+        moved = project(point + a * (moved - point) + (1 - a) * (point - s["previous"]), s["x"], self.eps)
+        s["previous"], s["loss"], s["point"] = point, loss, moved
+        return candidate, logits
+
+
+LOSSES = {"ce": cross_entropy, "dlr": dlr, "dlr-targeted": dlr_targeted}
+
+
+def apgd(model, x, y, eps, loss="ce", steps=100, restarts=1, targets=9, **options):
+    """Auto-PGD (Croce & Hein 2020, arXiv:2003.01690, Algorithm 1): momentum, and a step that halves by itself.
+
+    loss: "ce", "dlr", or "dlr-targeted", which has one trial for each of the `targets` highest wrong classes of
+    the clean image (all of them where there are fewer) instead of restarts. The rest: see `search`.
+    """
+    attack = Apgd(eps, steps, loss)
+    return search(model, x, y, eps, attack, targets if attack.targeted else restarts, **options)
+
+
+def project_to_plane(point, w, gap):
+    """The smallest d in l-infinity with <w, d> = gap and point + d in [0, 1].
+
+    point, w: (B, D); gap: (B,). Where the box keeps the plane out of reach, the d that comes nearest.
+    d moves every coordinate the right way by t, or as far as the box lets it: d_i = +-min(t, room_i). How far
+    that reaches, sum_i |w_i| min(t, room_i), is concave in t and piecewise linear, so Newton's method from
+    t = 0 never overshoots and ends after a few pieces; no sorting.
+    """
+    way = w.sign() * gap.sign()[:, None]
+    room = torch.where(way > 0, 1 - point, point)
+    w, gap = w.abs(), gap.abs()
+    t = torch.zeros_like(gap)
+    for _ in range(100):
+        missing = gap - (w * torch.minimum(room, t[:, None])).sum(1)
+        slope = (w * (room > t[:, None])).sum(1)
+        going = (missing > 1e-6 * gap) & (slope > 0)
+        if not going.any():
+            break
+        t = torch.where(going, t + missing / slope, t)
+    return way * torch.minimum(room, t[:, None])
+
+
+class Fab:
+    targeted = True
+    alpha_max, eta, beta = 0.1, 1.05, 0.9
+
+    def __init__(self, steps):
+        self.length = steps
+
+    def start(self, s, seed):
+        return s | {"point": s["x"], "best": s["x"]}
+
+    def again(self, s):
+        return s
+
+    def step(self, model, s):
+        x, point = s["x"].flatten(1), s["point"].flatten(1)
+        _, gap, w = ascend(model, s["point"], difference, s["y"], s["target"])
+        w = w.flatten(1)
+        # To the linearised boundary, from where it is and from the clean image; then between the two.
+        d = project_to_plane(point, w, -gap)
+        d_clean = project_to_plane(x, w, -gap - (w * (x - point)).sum(1))
+        a, a_clean = (v.abs().amax(1, keepdim=True).clamp(min=1e-8) for v in (d, d_clean))
+        alpha = (a / (a + a_clean)).clamp(max=self.alpha_max)
+        candidate = ((1 - alpha) * (point + self.eta * d) + alpha * (x + self.eta * d_clean)).clamp(0, 1)
+        candidate = candidate.view_as(s["x"])
+        with torch.no_grad():
+            logits = logits_at(model, candidate)
+        wrong = per_image(logits.argmax(1) != s["y"])
+        s["point"] = torch.where(wrong, s["x"] + self.beta * (candidate - s["x"]), candidate)
+        return candidate, logits
+
+
+def fab(model, x, y, eps, steps=100, targets=9, **options):
+    """Targeted fast adaptive boundary attack (Croce & Hein 2019, arXiv:1907.02044), one trial a target class.
+
+    It looks for the nearest misclassified point; one within eps breaks the image. The rest: see `search`.
+    """
+    return search(model, x, y, eps, Fab(steps), targets, **options)
+
+
+class Square:
+    targeted = False
+    halvings = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+    def __init__(self, eps, queries, p, shape, seed):
+        self.eps, self.length = eps, queries
+        # Where query i puts its square and which colours it has, the same for all images.
+        total = queries + math.ceil(queries / 10)
+        self.random = torch.rand(total, 2 + shape[0], generator=torch.Generator().manual_seed(seed))
+        share = [p / 2 ** sum(i > h for h in self.halvings) for i in range(total)]
+        self.side = torch.tensor([max(round(math.sqrt(v * shape[1] * shape[2])), 1) for v in share])
+        self.side = self.side.clamp(max=min(shape[1:]))
+
+    def start(self, s, seed):
+        channels, _, width = s["x"].shape[1:]
+        stripes = start_noise(s, seed, (channels, 1, width)).sign()
+        return self.again(s | {"best": project(s["x"] + self.eps * stripes, s["x"], self.eps)})
+
+    def again(self, s):
+        return s | {"margin": torch.full_like(s["x"][:, 0, 0, 0], -math.inf)}  # nothing known of s["best"]
+
+    def step(self, model, s):
+        side, random = (table.to(s["x"].device)[s["age"]] for table in (self.side, self.random))
+        inside = [
+            (i >= corner[:, None]) & (i < (corner + side)[:, None])
+            for n, u in zip(s["x"].shape[2:], random.T)
+            for i, corner in [(torch.arange(n, device=side.device), (u * (n - side + 1)).long())]
+        ]
+        inside = inside[0][:, None, :, None] & inside[1][:, None, None, :] & per_image(s["margin"] > -math.inf)
+        colour = (random[:, 2:, None, None] - 0.5).sign().to(s["x"])
+        candidate = torch.where(inside, project(s["x"] + self.eps * colour, s["x"], self.eps), s["best"])
+        with torch.no_grad():
+            logits = logits_at(model, candidate)
+        value = margin(logits, s["y"]).to(s["margin"])
+        better = value > s["margin"]
+        s["margin"] = torch.where(better, value, s["margin"])
+        s["best"] = torch.where(per_image(better), candidate, s["best"])
+        return candidate, logits
+
+
+def square(model, x, y, eps, queries=5000, p=0.8, restarts=1, seed=0, **options):
+    """Square attack (Andriushchenko et al. 2020, arXiv:1912.00049, Algorithms 1 and 2): random search, no gradients.
+
+    Starts from vertical stripes of +-eps; a query recolours one square to +-eps and stays if it raises the margin.
+    p: share of the image that the square covers, halved after 10, 50, 200, ... queries. The rest: see `search`.
+    """
+    return search(model, x, y, eps, Square(eps, queries, p, x.shape[1:], seed), restarts, seed=seed, **options)
+
+
+ATTACKS = {
+    "apgd-ce": apgd,
+    "apgd-t": functools.partial(apgd, loss="dlr-targeted"),
+    "fab-t": fab,
+    "square": square,
+    "apgd-dlr": functools.partial(apgd, loss="dlr"),
+    "fgsm": fgsm,
+    "pgd": pgd,
+}
+AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
+
+
+def autoattack(model, x, y, eps, **options):
+    """Standard AutoAttack (Croce & Hein 2020, arXiv:2003.01690): four attacks, each on what the ones before left.
+
+    APGD-CE (100 iterations), APGD-T and FAB-T (100 iterations for each of 9 target classes), Square (5,000 queries).
+    Returns robust (N,) and x_adv (N, C, H, W); the arguments: see `search`.
+    """
+    robust, x_adv = torch.ones_like(y, dtype=torch.bool), x.clone()
+    for name in AUTOATTACK:
+        left = robust.nonzero().flatten()
+        robust[left], x_adv[left] = ATTACKS[name](model, x[left], y[left], eps, **options)
     return robust, x_adv
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_network(model, x, y, eps, batch_size=250):
+    """Reasons to mistrust what any attack finds on this network, a list of sentences; x, y: some images."""
+    x, y, found = x[:batch_size], y[:batch_size], []
+    logits = outputs(model, x)
+    classes = logits.shape[1]
+    if isinstance(model, torch.nn.Module) and any(module.training for module in model.modules()):
+        found.append("the network is in train mode: call model.eval() first")
+    if not torch.allclose(logits, outputs(model, x), rtol=1e-3, atol=1e-4):
+        found.append("the network is randomised: two passes differ, and one verdict on a point means little")
+    if logits.min() >= 0 and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-3):
+        found.append("outputs are probabilities, not logits (a softmax at the end?): gradients vanish, leave it out")
+    with frozen(model), torch.autocast(x.device.type, enabled=False):
+        point = project(x + eps * torch.rand_like(x) - eps / 2, x, eps)
+        zero = (ascend(model, point, cross_entropy, y, None)[2] == 0).flatten(1).all(1) & (logits.argmax(1) == y)
+    if zero.any():
+        found.append(
+            f"the gradient is exactly zero at {int(zero.sum())} of {len(x)} images: "
+            "it is masked there, and only Square attacks them"
+        )
+    if classes < 10:
+        found.append(f"{classes} classes: the targeted attacks take {classes - 1} targets instead of 9")
+    return found
+
+
+def check_survivors(survivors):
+    """The same after the attacks; survivors: {attack: (N,) bool, what was unbroken after it}, in their order."""
+    names = list(survivors)
+    if "square" not in names or names.index("square") == 0:
+        return []
+    before = torch.stack([survivors[name] for name in names[: names.index("square")]]).all(0)
+    more = int((before & ~survivors["square"]).sum())
+    if not more:
+        return []
+    return [
+        f"Square, which uses no gradients, broke {more} images that {', '.join(names[: names.index('square')])} "
+        "could not: the gradients may be masked, and the robust accuracy too high"
+    ]
+
+
+# ---------------------------------------------------------------- command line
 
 
 def parse_args():
     import common
 
-    parser = common.Parser(description=__doc__.split("\n")[0], epilog="eps and --step-size are in units of 1/255.")
-    parser.add_argument("run", help="run folder (its model.pt), or a model.pt, best.pt or checkpoint.pt")
-    parser.add_argument(
-        "--attack", default="pgd", help="comma-separated, each on what the ones before left: fgsm, pgd (default pgd)"
+    number = common.number
+    parser = common.Parser(
+        description=__doc__.split("\n")[0],
+        formatter_class=common.Help,
+        epilog="eps and --step-size are in units of 1/255. --model runs the Python file that it names: name only one "
+        "that you trust. Weights, states and data files are loaded so that they cannot run code.",
     )
-    parser.add_argument("--eps", type=common.number(float, 0, 255), default=8, help="l-infinity radius (default 8)")
-    parser.add_argument("--steps", type=common.number(int, 1), default=50, help="PGD steps (default 50)")
-    parser.add_argument("--restarts", type=common.number(int, 1), default=10, help="PGD restarts (default 10)")
-    parser.add_argument("--step-size", type=common.number(float, 0, 255), help="PGD step (default eps / 4)")
-    parser.add_argument("--individual", action="store_true", help="every attack on all images")
-    parser.add_argument("--n", type=common.number(int, 1), help="the first N test images (default all)")
-    parser.add_argument("--dataset", help="cifar10, cifar100 or an .npz (default what the run was trained on)")
-    parser.add_argument("--data-dir", default="data", help="where cifar10 and cifar100 are (default data)")
-    parser.add_argument("--batch-size", type=common.number(int, 1), default=250, help="active set (default 250)")
-    parser.add_argument("--seed", type=common.number(int, 0), default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
-    parser.add_argument("--examples", metavar="FILE", help="write a PNG of broken images there")
+    add = parser.add_argument
+    add("run", nargs="?", help="run folder (its model.pt), or a model.pt, best.pt or checkpoint.pt")
+    add("--model", metavar="FILE:FUNCTION", help="instead of a run: my_net.py:make_model, which returns a network")
+    add("--weights", metavar="FILE", help="a state_dict for --model, alone or under 'state_dict'")
+    names = ", ".join([*ATTACKS, "autoattack"])
+    add("--attack", default="pgd", help=f"comma-separated, each on what the ones before left: {names}")
+    add("--eps", type=number(float, 0, 255), default=8, help="l-infinity radius")
+    add("--steps", type=number(int, 1), default=50, help="of PGD")
+    add("--restarts", type=number(int, 1), default=10, help="of PGD")
+    add("--step-size", type=number(float, 0, 255), help="of PGD (default: eps / 4)")
+    help = "bf16: faster; what it leaves unbroken is attacked again in float32, a tenth of the iterations"
+    add("--search-precision", choices=("fp32", "bf16"), default="fp32", help=help)
+    add("--individual", action="store_true", help="every attack on all images")
+    add("--n", type=number(int, 1), help="the first N test images (default: all)")
+    add("--dataset", help="cifar10, cifar100 or an .npz (default: what the run was trained on)")
+    add("--data-dir", default="data", help="where cifar10 and cifar100 are, or are downloaded to")
+    add("--batch-size", type=number(int, 1), default=250, help="of the active set")
+    add("--seed", type=number(int, 0), default=0, help="of every random start and query")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--state", metavar="FILE", help="save progress there, and go on from it if it is there")
+    add("--json", metavar="FILE", help="write the numbers there")
+    add("--examples", metavar="FILE", help="write a PNG of broken images there")
+    add("--save-adv", metavar="FILE", help="write all adversarial images there, an .npz")
+    help = "uint8: rounded to whole pixel values within eps, and judged again"
+    add("--save-adv-as", choices=("float32", "uint8"), default="float32", help=help)
     args = parser.parse_args()
-    args.attack = args.attack.split(",")
-    for name in args.attack:
-        if name not in ("fgsm", "pgd"):
-            parser.error(f"argument --attack: {name!r} is none of fgsm, pgd")
-    for file in filter(None, (args.json, args.examples)):
+    if (args.run is None) == (args.model is None):
+        parser.error("give a run, or --model FILE:FUNCTION instead")
+    if args.model and args.dataset is None:
+        parser.error("--model needs --dataset: cifar10, cifar100 or an .npz")
+    if args.weights and not args.model:
+        parser.error("--weights goes with --model")
+    for name in args.attack.split(","):
+        if name not in (*ATTACKS, "autoattack"):
+            parser.error(f"argument --attack: {name!r} is none of {names}")
+    for file in filter(None, (args.json, args.examples, args.save_adv, args.state)):
         if not Path(file).absolute().parent.is_dir():
             parser.error(f"no folder {Path(file).absolute().parent} to write {file} to")
     args.device = common.find_device(args.device)
     return args
 
 
+def load_network(args):
+    """The network that the flags name, in eval mode on its device; ValueError in one line."""
+    from wrn import load_file, load_model
+
+    if args.run:
+        return load_model(args.run, args.device)
+    file, _, function = args.model.rpartition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"argument --model: no file {file!r}, it must be FILE:FUNCTION, as in my_net.py:make_model")
+    try:
+        sys.path.insert(0, str(Path(file).absolute().parent))
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        model = getattr(module, function)()
+    except Exception as error:
+        raise ValueError(f"argument --model: {args.model}: {type(error).__name__}: {error}") from None
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"argument --model: {function}() returned a {type(model).__name__}, not an nn.Module")
+    if args.weights:
+        weights = load_file(args.weights)
+        weights = weights.get("state_dict", weights)
+        try:  # "module." is what torch's DataParallel puts before every name
+            model.load_state_dict({key.removeprefix("module."): value for key, value in weights.items()})
+        except (RuntimeError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{args.weights} does not fit {args.model}: {reason[:200]}") from None
+    return model.float().to(args.device, memory_format=torch.channels_last).eval()
+
+
+def load_state(args, model, x, y):
+    """The --state file's content, {} where there is none yet; ValueError where it is another evaluation's."""
+    from wrn import load_file
+
+    digest = hashlib.sha256()
+    for tensor in (*model.state_dict().values(), x, y):
+        digest.update(tensor.cpu().flatten().contiguous().numpy().tobytes())
+    flags = ("attack", "eps", "steps", "restarts", "step_size", "search_precision", "individual", "n", "seed")
+    identity = {"the network or the images": digest.hexdigest()}
+    identity |= {f"--{flag.replace('_', '-')}": getattr(args, flag) for flag in flags}
+    if not Path(args.state).exists():
+        return {"identity": identity}
+    state = load_file(args.state)
+    before = state.get("identity")
+    if not isinstance(before, dict) or before.keys() != identity.keys():
+        raise ValueError(f"{args.state} is no state of an evaluation: name another file")
+    for key, value in identity.items():
+        if before[key] != value:
+            change = f"{key} was {before[key]} there and is {value} now" if key[0] == "-" else f"{key} were others"
+            raise ValueError(f"{args.state} is of another evaluation ({change}): name another file, or delete it")
+    return state
+
+
 def main():
     import common
-    from wrn import load_model
 
     args = parse_args()
     try:
-        model = load_model(args.run, args.device)
+        model = load_network(args)
+        data = common.load_test_data(args, model.arguments["num_classes"] if args.run else math.inf)
+        x, y = data.test(args.n)
+        eps, n = args.eps / 255, len(y)
+        state = load_state(args, model, x, y) if args.state else {}
     except ValueError as error:
         common.fail(error)
-    data = common.load_test_data(args, model.arguments["num_classes"])
-    x, y = data.test(args.n)
-    eps, n = args.eps / 255, len(y)
-    print(f"network  {args.run}, {args.device}, float32")
+    network = args.run or args.model
+    print(f"network  {network}, {args.device}, search in {args.search_precision}, verdicts in fp32")
     print(f"images   first {n:,} test images of {data.name}, eps {args.eps:g}/255")
+    start = time.perf_counter()
+    logits = outputs(model, x, args.batch_size)
+    if logits.dim() != 2 or logits.shape[1] <= y.max():
+        common.fail(f"{network} gives {tuple(logits.shape[1:])} outputs an image, and labels go up to {int(y.max())}")
+    if not logits.isfinite().all():
+        common.fail(f"{network} gives outputs that are not finite: its weights are no result of a training")
+    correct = logits.argmax(1) == y
+    rows = [("clean", correct, time.perf_counter() - start)]
+    warnings = check_network(model, x, y, eps)
 
-    with torch.no_grad():
-        if not model(x[:100]).isfinite().all():
-            common.fail(f"{args.run} gives outputs that are not finite: its weights are no result of a training")
-    begin = time.perf_counter()
-    correct = predict(model, x, args.batch_size) == y
-    rows = [("clean", 100 * common.share(correct), n - int(correct.sum()), time.perf_counter() - begin)]
-    unbroken, adversarial = correct.clone(), x.clone()
-    for name in args.attack:
-        if name == "fgsm":
-            settings = {"steps": 1, "restarts": 1, "step_size": eps, "random_start": False}
-        else:
-            step_size = None if args.step_size is None else args.step_size / 255
-            settings = {"steps": args.steps, "restarts": args.restarts, "step_size": step_size}
-            name = f"pgd-{args.steps}-{args.restarts}"
-        start = time.perf_counter()
-        todo = (correct if args.individual else unbroken).nonzero().flatten()
-        robust, x_adv = pgd(
-            model,
-            x[todo],
-            y[todo],
-            eps,
-            **settings,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            report=common.progress_of_attack(name),
-        )
-        survivors = torch.zeros_like(correct)
-        survivors[todo[robust]] = True
-        fresh = unbroken & ~survivors
-        adversarial[fresh] = x_adv[fresh[todo]]
-        unbroken &= survivors
-        seconds = time.perf_counter() - start
-        rows.append((name, 100 * common.share(survivors), len(todo) - int(survivors.sum()), seconds))
+    names = args.attack.replace("autoattack", ",".join(AUTOATTACK)).split(",")
+    state = {"robust": correct, "x_adv": x.clone(), "survivors": {}, "seconds": {}, "search": None} | state
+    for name in dict.fromkeys(names):
+        start = time.perf_counter() - state["seconds"].get(name, 0)
 
-    print(f"\n{'attack':<14}{'accuracy %':>12}{'broken':>10}{'seconds':>10}")
-    for name, accuracy, broken, seconds in rows:
-        print(f"{name:<14}{accuracy:>12.2f}{broken:>10,}{seconds:>10.1f}")
-    robust = 100 * common.share(unbroken)
-    if len(args.attack) > 1:
-        print(f"{'robust':<14}{robust:>12.2f}{n - int(unbroken.sum()):>10,}{sum(row[3] for row in rows):>10.1f}")
+        def save(search, name=name, start=start):
+            state["search"], state["seconds"][name] = search, time.perf_counter() - start
+            if args.state:
+                common.write_torch(args.state, state)
+
+        label = name
+        options = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.search_precision}
+        if name == "pgd":
+            label = f"pgd-{args.steps}-{args.restarts}"
+            options |= {"steps": args.steps, "restarts": args.restarts}
+            options |= {"step_size": None if args.step_size is None else args.step_size / 255}
+        if name not in state["survivors"]:
+            report = common.progress_of_attack(label)
+            todo = (correct if args.individual else state["robust"]).nonzero().flatten()
+            found = ATTACKS[name](
+                model, x[todo], y[todo], eps, **options, report=report, save=save, resume=state["search"]
+            )
+            survivors = torch.zeros_like(correct).index_put((todo,), found[0])
+            broken = state["robust"] & ~survivors
+            state["x_adv"][broken] = found[1][broken[todo]]
+            state["robust"] = state["robust"] & survivors
+            state["survivors"][name] = survivors
+            save(None)
+        rows.append((label, state["survivors"][name], state["seconds"][name]))
+    warnings += check_survivors(state["survivors"])
+    robust, x_adv = state["robust"], state["x_adv"]
+    if "autoattack" in args.attack.split(","):
+        left = torch.stack([state["survivors"][name] for name in AUTOATTACK]).all(0)
+        rows.append(("autoattack", left, sum(state["seconds"][name] for name in AUTOATTACK)))
+
+    seconds = rows[0][2] + sum(state["seconds"].values())
+    accuracy = {name: 100 * common.share(survivors) for name, survivors, _ in rows}
+    print(f"\n{'attack':<16}{'accuracy %':>10}{'seconds':>10}")
+    whole = [("all of them", robust, seconds)] if len(rows) > 2 else []
+    for name, survivors, took in rows + whole:
+        print(f"{name:<16}{100 * common.share(survivors):>10.2f}{took:>10.1f}")
+    for warning in warnings:
+        print(f"warning: {warning}")
     if args.examples:
-        shown = (correct & ~unbroken).nonzero().flatten()[:10]
-        save_examples(args.examples, model, x[shown], adversarial[shown], y[shown], eps, data.classes)
+        shown = (correct & ~robust).nonzero().flatten()[:10]
+        save_examples(args.examples, model, x[shown], x_adv[shown], y[shown], eps, data.classes)
+    if args.save_adv:
+        save_adversarial(args, model, x, x_adv, y, eps)
     if args.json:
         result = {
-            "clean": rows[0][1],
-            "robust": robust,
-            "attacks": {name: accuracy for name, accuracy, _, _ in rows[1:]},
+            "clean": accuracy.pop("clean"),
+            "robust": 100 * common.share(robust),
+            "attacks": accuracy,
             "n": n,
             "eps": args.eps,
-            "seconds": sum(row[3] for row in rows),
-            "seconds_per_attack": {name: seconds for name, _, _, seconds in rows[1:]},
+            "seconds": seconds,
+            "seconds_per_attack": {name: took for name, _, took in rows[1:]},
             "individual": args.individual,
+            "search_precision": args.search_precision,
+            "warnings": warnings,
             "dataset": data.name,
             "seed": args.seed,
             **common.versions(args.device),
-            "training": common.training_of(args.run),
+            "training": common.training_of(args.run) if args.run else None,
         }
         common.write_text(args.json, json.dumps(result, indent=1) + "\n")
+
+
+def save_adversarial(args, model, x, x_adv, y, eps):
+    """An .npz: x (N, H, W, C) as uint8, or as float32 in [0, 1]; y; adversarial: is x, as it stands there, one?
+
+    Images that no attack broke are there as they are.
+    """
+    import numpy as np
+
+    import common
+
+    if args.save_adv_as == "uint8":
+        pixels, radius = (x * 255).round(), math.floor(args.eps)
+        x_adv = project((x_adv * 255).round() / 255, pixels / 255, radius / 255)
+        x_adv = (x_adv * 255).round() / 255
+    verdict = is_adversarial(model, x, x_adv, y, eps)
+    images = x_adv if args.save_adv_as == "float32" else (x_adv * 255).round().to(torch.uint8)
+    arrays = {"x": images.permute(0, 2, 3, 1), "y": y, "adversarial": verdict}
+    file = io.BytesIO()
+    np.savez_compressed(file, **{key: value.cpu().numpy() for key, value in arrays.items()}, eps=args.eps)
+    common.write_file(args.save_adv, file.getbuffer())
+    print(f"\n{args.save_adv}: {len(y):,} images as {args.save_adv_as}, {int(verdict.sum()):,} of them misclassified")
 
 
 def save_examples(path, model, x, x_adv, y, eps, classes):

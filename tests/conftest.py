@@ -10,6 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import train_fgsm
+from wrn import WideResNet
 
 torch.set_num_threads(1)
 TINY = "data/cifar10_tiny.npz"
@@ -65,3 +67,43 @@ def cli(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+EPS = 8 / 255
+# Small budgets, for what does not depend on them.
+SHORT = {
+    "pgd": {"steps": 5, "restarts": 2},
+    "fgsm": {},
+    "apgd-ce": {"steps": 10},
+    "apgd-dlr": {"steps": 10},
+    "apgd-t": {"steps": 8, "targets": 3},
+    "fab-t": {"steps": 6, "targets": 3},
+    "square": {"queries": 30},
+}
+
+
+@pytest.fixture(scope="session")
+def trained(tiny):
+    """A network that knows something and is partly robust, and 60 test images."""
+    torch.manual_seed(0)
+    model = WideResNet(10, 1, 10, 0.0, tiny.mean, tiny.std)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
+    for epoch in range(3):
+        for x, y in tiny.batches(epoch, 50, 0):
+            loss = F.cross_entropy(model(train_fgsm.fgsm(model, x, y, 2 / 255, 2 / 255)), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval(), *tiny.test(60)
+
+
+class Linear(nn.Module):
+    """On images (N, 3, 2, 2), in float64."""
+
+    def __init__(self, classes=2):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.w = nn.Parameter(torch.randn(classes, 12, generator=generator, dtype=torch.float64))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.w.T

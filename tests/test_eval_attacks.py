@@ -1,60 +1,17 @@
+import functools
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchattacks
 
+import common
 import eval_attacks
-import train_fgsm
-from conftest import SMALL
+from conftest import EPS, SHORT, SMALL, TINY
 from eval_attacks import is_adversarial, pgd, predict
 from wrn import load_model
-
-EPS = 8 / 255
-
-
-@pytest.fixture(scope="module")
-def trained(tiny):
-    """A network that knows something and is partly robust, and 60 test images."""
-    torch.manual_seed(0)
-    from wrn import WideResNet
-
-    model = WideResNet(10, 1, 10, 0.0, tiny.mean, tiny.std)
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
-    for epoch in range(3):
-        for x, y in tiny.batches(epoch, 50, 0):
-            loss = F.cross_entropy(model(train_fgsm.fgsm(model, x, y, 2 / 255, 2 / 255)), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return model.eval(), *tiny.test(60)
-
-
-class Linear(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.w = torch.nn.Parameter(torch.randn(2, 12, generator=generator, dtype=torch.float64))
-
-    def forward(self, x):
-        return x.flatten(1) @ self.w.T
-
-
-@pytest.mark.parametrize("eps", [0.0, 0.01, 0.05, 0.5])
-def test_pgd_reaches_the_closed_form_of_a_linear_network(eps):
-    """The box cuts the ball to an interval per pixel, and a linear margin is worst at one of its ends."""
-    model = Linear()
-    x = torch.rand(200, 3, 2, 2, generator=torch.Generator().manual_seed(2)).double()
-    y = predict(model, x)
-    y[:10] = 1 - y[:10]  # some are wrong as they are
-    direction = (model.w[1 - y] - model.w[y]).detach().view_as(x)
-    worst = torch.where(direction > 0, (x + eps).clamp(max=1), (x - eps).clamp(min=0))
-    expected = predict(model, worst) == y
-    robust, x_adv = pgd(model, x, y, eps, steps=20, restarts=2, batch_size=64)
-    assert torch.equal(robust, expected)
-    assert is_adversarial(model, x, x_adv, y, eps)[~robust].all()
-    assert eps == 0 or expected.double().mean() < 0.94
 
 
 def test_what_pgd_claims_holds(trained):
@@ -177,9 +134,7 @@ def test_command_line(cli, run, tmp_path):
     assert result["robust"] == result["attacks"]["pgd-3-2"] <= result["attacks"]["fgsm"] <= result["clean"]
 
     model = load_model(run)
-    import common
-
-    arrays, classes = common.load_arrays("data/cifar10_tiny.npz", "data")
+    arrays, classes = common.load_arrays(TINY, "data")
     x, y = common.Data("", classes, arrays, "cpu").test(50)
     assert result["clean"] == 100 * (predict(model, x) == y).double().mean().item()
     assert max(map(len, out.splitlines()[1:6])) <= 80
@@ -192,11 +147,141 @@ def test_command_line(cli, run, tmp_path):
     assert code == 0
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """AutoAttack with budgets for tests."""
+    for name, options in SHORT.items():
+        if name != "pgd":
+            attack = functools.partial(eval_attacks.ATTACKS[name], **options)
+            monkeypatch.setitem(eval_attacks.ATTACKS, name, attack)
+    monkeypatch.setattr(eval_attacks, "SAVE_EVERY", 4)
+
+
+def test_autoattack_on_the_command_line(cli, run, tmp_path, short):
+    file = tmp_path / "result.json"
+    code, out, err = cli(eval_attacks, f"{run} --attack autoattack,pgd --steps 2 --restarts 1 --n 40 --json {file}")
+    assert code == 0 and not err
+    result = json.loads(file.read_text())
+    order = ["apgd-ce", "apgd-t", "fab-t", "square", "pgd-2-1", "autoattack"]
+    assert list(result["attacks"]) == order and [line.split()[0] for line in out.splitlines()[5:11]] == order
+    accuracies = [result["attacks"][name] for name in order[:-1]]
+    assert [result["clean"], *accuracies] == sorted([result["clean"], *accuracies], reverse=True)
+    assert result["attacks"]["autoattack"] == result["attacks"]["square"]
+    assert result["robust"] == accuracies[-1]
+    alone = tmp_path / "alone.json"
+    cli(eval_attacks, f"{run} --attack autoattack --individual --n 40 --json {alone}")
+    alone = json.loads(alone.read_text())
+    assert alone["attacks"]["autoattack"] == alone["robust"] <= min(alone["attacks"].values())
+    assert alone["attacks"]["apgd-ce"] == result["attacks"]["apgd-ce"]
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(cli, run, tmp_path, short, monkeypatch):
+    """Killed after every save; each time it gets further."""
+    flags = f"{run} --attack autoattack --n 40 --batch-size 9 --search-precision bf16"
+    whole, state, file, adv = (tmp_path / name for name in ("whole.json", "state.pt", "file.json", "adv.npz"))
+    cli(eval_attacks, f"{flags} --json {whole}  --save-adv {adv}")
+    plain, saves, kills = common.write_torch, [], 0
+
+    class Killed(BaseException):
+        pass
+
+    def write(path, content):
+        plain(path, content)
+        saves.append(path)
+        if len(saves) == 1:
+            raise Killed
+
+    monkeypatch.setattr(common, "write_torch", write)
+    again = tmp_path / "again.npz"
+    while not file.exists():
+        saves.clear()
+        try:
+            code, _, err = cli(eval_attacks, f"{flags} --state {state} --json {file} --save-adv {again}")
+        except Killed:
+            kills += 1
+        else:
+            assert code == 0, err
+    assert kills > 5
+    results = [json.loads(path.read_text()) for path in (whole, file)]
+    assert results[0]["attacks"] == results[1]["attacks"]
+    assert np.array_equal(np.load(adv)["x"], np.load(again)["x"])
+    # Once it has ended, the state tells the result without any attack.
+    monkeypatch.setattr(eval_attacks, "search", None)
+    assert cli(eval_attacks, f"{flags} --state {state}")[0] == 0
+    code, _, err = cli(eval_attacks, f"{flags} --state {state} --eps 4")
+    assert code == 2 and "--eps was 8" in err and err.count("\n") == 1
+    code, _, err = cli(eval_attacks, f"{flags.replace(str(run), str(run / 'best.pt'))} --n 20 --state {state}")
+    assert code == 2 and "another evaluation" in err and err.count("\n") == 1
+    code, _, err = cli(eval_attacks, f"{flags} --state {run}/model.pt")
+    assert code == 2 and "no state" in err
+    state.write_bytes(state.read_bytes()[:1000])
+    code, _, err = cli(eval_attacks, f"{flags} --state {state}")
+    assert code == 2 and "damaged" in err
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("float32", np.float32), ("uint8", np.uint8)])
+def test_adversarial_images_are_saved_as_what_they_are(cli, run, tiny, tmp_path, kind, dtype):
+    file, result = tmp_path / "adv.npz", tmp_path / "result.json"
+    flags = f"--attack pgd --steps 5 --restarts 1 --eps 8.5 --n 50 --save-adv {file} --save-adv-as {kind}"
+    assert cli(eval_attacks, f"{run} {flags} --json {result}")[0] == 0
+    with np.load(file, allow_pickle=False) as content:
+        images, y, adversarial = content["x"], content["y"], content["adversarial"]
+    assert images.dtype == dtype and images.shape == (50, 32, 32, 3)
+    clean, label = tiny.test(50)
+    x_adv = torch.from_numpy(images).permute(0, 3, 1, 2).float() / (255 if kind == "uint8" else 1)
+    assert y.tolist() == label.tolist()
+    assert (x_adv - clean).abs().max() <= 8.5 / 255 + 1e-6
+    assert ((predict(load_model(run), x_adv) != label) == torch.from_numpy(adversarial)).all()
+    robust = json.loads(result.read_text())["robust"]
+    assert adversarial.sum() == 50 - robust / 2 if kind == "float32" else 40 < adversarial.sum() <= 50 - robust / 2
+
+
+NETWORK = """
+import torch
+def make_model():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+def no_network():
+    return 3
+def broken():
+    raise RuntimeError("no luck")
+"""
+
+
+def test_any_network(cli, tmp_path):
+    file, weights = tmp_path / "net.py", tmp_path / "w.pt"
+    file.write_text(NETWORK)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+    tail = f"--dataset {TINY} --n 30 --steps 3 --restarts 1 --json {tmp_path}/r.json"
+    arrays, classes = common.load_arrays(TINY, "data")
+    x, y = common.Data("", classes, arrays, "cpu").test(30)
+    for content in (network.state_dict(), {"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}):
+        torch.save(content, weights)
+        code, out, err = cli(eval_attacks, f"--model {file}:make_model --weights {weights} {tail}")
+        assert code == 0 and not err
+        result = json.loads((tmp_path / "r.json").read_text())
+        assert result["clean"] == pytest.approx(100 * (predict(network, x) == y).double().mean().item())
+        assert result["training"] is None
+    torch.save({"1.weight": torch.zeros(10, 5)}, weights)
+    for flags, message in (
+        (f"--model {file}:make_model --weights {weights} {tail}", "does not fit"),
+        (f"--model {file}:nothing {tail}", "no attribute 'nothing'"),
+        (f"--model {file}:no_network {tail}", "returned a int"),
+        (f"--model {file}:broken {tail}", "RuntimeError: no luck"),
+        (f"--model {tmp_path}/none.py:make_model {tail}", "FILE:FUNCTION"),
+        (f"--model make_model {tail}", "FILE:FUNCTION"),
+        (f"--model {file}:make_model", "needs --dataset"),
+        (f"runs/x --model {file}:make_model", "give a run, or --model"),
+        (f"runs/x --weights {weights}", "goes with --model"),
+    ):
+        code, _, err = cli(eval_attacks, flags)
+        assert code == 2 and message in err and err.count("\n") == 1, flags
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("nowhere", "no file nowhere"),
-        ("{run} --attack cw", "'cw' is none of fgsm, pgd"),
+        ("{run} --attack cw", "'cw' is none of apgd-ce, apgd-t, fab-t, square"),
         ("{run} --eps 300", "--eps"),
         ("{run} --eps nan", "--eps"),
         ("{run} --n 0", "--n"),

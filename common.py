@@ -427,22 +427,28 @@ def share(right):
 
 
 def monitor(model, x, y, eps):
-    """Clean, FGSM and PGD-10 accuracy in per cent of a network in eval mode; a quick look, not a verdict.
+    """Clean, FGSM and PGD-10 accuracy in per cent of a network in eval mode, and its gradient alignment; no verdict.
 
     fgsm is the plain accuracy on x + eps sign(grad), so it can exceed clean (label leaking). pgd10 is
-    eval_attacks.pgd with 10 steps of eps / 4 from one fixed random start.
+    eval_attacks.pgd with 10 steps of eps / 4 from one fixed random start. alignment is the mean cosine of the
+    gradients at x and at x + u, u ~ U(-eps, eps) (Andriushchenko & Flammarion 2020, arXiv:2007.02617, eq. 3).
     """
 
-    steps = []
-    for part, label in zip(x.split(250), y.split(250)):
-        part = part.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(F.cross_entropy(model(part).float(), label, reduction="sum"), part)
-        steps.append(gradient.sign())
-    x_fgsm = (x + eps * torch.cat(steps)).clamp(0, 1)
+    def gradients(x):
+        for part, label in zip(x.split(250), y.split(250)):
+            part = part.clone().requires_grad_()
+            loss = F.cross_entropy(model(part).float(), label, reduction="sum")
+            yield torch.autograd.grad(loss, part)[0]
+
+    gradient = torch.cat(list(gradients(x)))
+    u = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) * 2 - 1
+    other = torch.cat(list(gradients(x + eps * u)))
+    x_fgsm = (x + eps * gradient.sign()).clamp(0, 1)
     return {
         "clean": 100 * share(predict(model, x) == y),
         "fgsm": 100 * share(predict(model, x_fgsm) == y),
         "pgd10": 100 * share(pgd(model, x, y, eps, steps=10, restarts=1)[0]),
+        "alignment": F.cosine_similarity(gradient.flatten(1), other.flatten(1)).mean().item(),
     }
 
 

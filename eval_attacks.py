@@ -32,8 +32,12 @@ import torch.nn.functional as F
 
 # Computing |x_adv - x| <= eps rounds too: a few units in the last place of a float32 near 1.
 ROUNDING = 5e-7
-# Steps of the active set between two calls of `save`.
-SAVE_EVERY = 100
+# Images at once by default: on a CPU what fits its caches.
+BATCH_SIZE = {"cpu": 64}
+# A search in bfloat16 ends with 1 / AGAIN of its iterations in float32.
+AGAIN = 20
+# Seconds between two calls of `save`: with 10,000 images a state is 250 MB.
+SAVE_EVERY = 60
 
 # ---------------------------------------------------------------- verdicts
 
@@ -44,13 +48,13 @@ def logits_at(model, point):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def outputs(model, x, batch_size=250):
+def outputs(model, x, batch_size=None):
     """Logits (N, classes) of images x (N, C, H, W), computed in float32 whatever autocast is on outside."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return torch.cat([logits_at(model, part) for part in x.split(batch_size)])
+        return torch.cat([logits_at(model, part) for part in x.split(batch_size or BATCH_SIZE.get(x.device.type, 250))])
 
 
-def predict(model, x, batch_size=250):
+def predict(model, x, batch_size=None):
     """Class indices (N,) of images x (N, C, H, W), as `outputs` computes them."""
     return outputs(model, x, batch_size).argmax(1)
 
@@ -116,7 +120,7 @@ def ascend(model, point, loss, y, target):
 
 def noise(shape, seed, image, trial):
     """Uniform in [-1, 1], a function of its arguments alone: not of what else is in the batch."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + trial) * 1_000_003 + image)
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + trial) * 1_000_003 + image) % 2**63)
     return torch.rand(shape, generator=generator) * 2 - 1
 
 
@@ -140,21 +144,42 @@ def join(state, more):
     return {key: torch.cat([state[key], more[key]]) for key in more} if state else more
 
 
+class FixedBatchNorm(torch.autograd.Function):
+    """BatchNorm in eval mode: its backward is one product. torch's also sums what only weights would need."""
+
+    @staticmethod
+    def forward(ctx, x, bn):
+        ctx.bn = bn
+        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        scale = ctx.bn.weight / (ctx.bn.running_var + ctx.bn.eps).sqrt()
+        return gradient * scale[:, None, None].to(gradient.dtype), None
+
+
 @contextlib.contextmanager
 def frozen(model):
-    """No gradients of weights, and nothing kept for them."""
-    weights = [w for w in model.parameters() if w.requires_grad] if isinstance(model, torch.nn.Module) else []
+    """Only gradients of images: none of weights, and nothing kept or computed for them."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    weights = [w for module in modules for w in module.parameters(recurse=False) if w.requires_grad]
+    norms = [m for m in modules if type(m) is torch.nn.BatchNorm2d and not m.training]
+    norms = [m for m in norms if m.affine and m.track_running_stats and "forward" not in vars(m)]
     for w in weights:
         w.requires_grad_(False)
+    for m in norms:
+        m.forward = functools.partial(lambda bn, x: FixedBatchNorm.apply(x, bn), m)
     try:
         yield
     finally:
         for w in weights:
             w.requires_grad_(True)
+        for m in norms:
+            del m.forward
 
 
 def search(
-    model, x, y, eps, attack, trials, batch_size=250, seed=0, precision=None, report=None, save=None, resume=None
+    model, x, y, eps, attack, trials, batch_size=None, seed=0, precision=None, report=None, save=None, resume=None
 ):
     """Run an attack on all images, `trials` restarts or target classes each; the engine of every function below.
 
@@ -163,19 +188,20 @@ def search(
     Returns robust, (N,) bool, and x_adv, (N, C, H, W): a misclassified point where one was found, else the
     strongest that the last trial saw (FAB: x itself, its points lie outside the ball).
 
-    One active set of up to batch_size rows, a row being one trial of one image. An image leaves with all its
-    rows at its first misclassified point, and the next trial in the queue (first trials of all images, then
-    second ones, ...) takes the place. What is random depends on (seed, image, trial) alone, so batch_size
-    changes the speed and which of several adversarial points is returned, but no verdict.
+    One active set of up to batch_size rows (None: 64 on a CPU, else 250), a row being one trial of one image.
+    An image leaves with all its rows at its first misclassified point, and the next trial in the queue (first
+    trials of all images, then second ones, ...) takes the place. What is random depends on (seed, image, trial)
+    alone, so batch_size changes the speed and which of several adversarial points is returned, but no verdict.
 
     precision: None searches as autocast is set outside, "fp32" in float32, "bf16" in bfloat16. What bfloat16 leaves
-    unbroken is attacked again in float32, from the best point of every trial and for a tenth of the iterations.
+    unbroken is attacked again in float32, from the best point of every trial, for a twentieth of the iterations.
     Points are judged in float32 in any case.
     report(done, left, robust): iterations of rows so far and at most to come.
-    save(state): called after every SAVE_EVERY steps of the set; `resume=state` goes on from there.
+    save(state): called every SAVE_EVERY seconds between two steps; `resume=state` goes on from there.
     """
     if not len(x):
         return torch.ones_like(y, dtype=torch.bool), x.clone()
+    batch_size = batch_size or BATCH_SIZE.get(x.device.type, 250)
     logits = outputs(model, x, batch_size)
     robust = logits.argmax(1) == y
     ranking = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)  # y, then the others, best first
@@ -185,9 +211,9 @@ def search(
     x_adv = x.clone()
     fp32, bf16 = (functools.partial(torch.autocast, x.device.type, torch.bfloat16, enabled=e) for e in (False, True))
     contexts = {None: [contextlib.nullcontext], "fp32": [fp32], "bf16": [bf16, fp32]}[precision]
-    ends = [attack.length, attack.length + math.ceil(attack.length / 10)][: len(contexts)]
+    ends = [attack.length, attack.length + math.ceil(attack.length / AGAIN)][: len(contexts)]
     sets = [{} for _ in ends]  # with bf16: the rows in bfloat16, and those in float32 after it
-    begun, done, steps = 0, 0, 0
+    begun, done, saved = 0, 0, time.monotonic()
     if resume:
         robust, x_adv, sets = resume["robust"].to(x.device), resume["x_adv"].to(x), resume["sets"]
         sets = [{key: value.to(x.device) for key, value in s.items()} for s in sets]
@@ -215,7 +241,7 @@ def search(
             with contexts[k]():
                 candidate, logits = attack.step(model, s)
             s["age"] = s["age"] + 1
-            done, steps = done + size(s), steps + 1
+            done += size(s)
 
             rows = (logits.argmax(1) != s["y"]).nonzero().flatten()
             if len(rows):
@@ -240,7 +266,8 @@ def search(
             if report:
                 ahead = robust[queue[begun:, 0]].sum() * ends[-1]
                 report(done, int(ahead + sum((ends[-1] - s["age"]).sum() for s in sets if s)), robust)
-            if save and steps % SAVE_EVERY == 0:
+            if save and time.monotonic() - saved >= SAVE_EVERY:
+                saved = time.monotonic()
                 save({"robust": robust, "x_adv": x_adv, "sets": sets, "begun": begun, "done": done})
 
 
@@ -307,7 +334,7 @@ class Apgd:
         self.length = steps + 1
         # window[i]: 0, or how many iterations ago the last checkpoint was if there is one after iteration i.
         # The second part is for the float32 iterations after a bfloat16 search.
-        more = math.ceil(self.length / 10)
+        more = math.ceil(self.length / AGAIN)
         self.window = torch.zeros(self.length + more, dtype=torch.long)
         for begin, count in ((0, steps), (self.length, more - 1)):
             at = checkpoints(count)
@@ -392,11 +419,12 @@ def project_to_plane(point, w, gap):
     way = w.sign() * gap.sign()[:, None]
     room = torch.where(way > 0, 1 - point, point)
     w, gap = w.abs(), gap.abs()
-    t = torch.zeros_like(gap)
+    t = gap / w.sum(1).clamp(min=torch.finfo(w.dtype).tiny)  # right where the box is not in the way
+    tolerance = 100 * torch.finfo(w.dtype).eps
     for _ in range(100):
         missing = gap - (w * torch.minimum(room, t[:, None])).sum(1)
         slope = (w * (room > t[:, None])).sum(1)
-        going = (missing > 1e-6 * gap) & (slope > 0)
+        going = (missing > tolerance * gap) & (slope > 0)
         if not going.any():
             break
         t = torch.where(going, t + missing / slope, t)
@@ -446,33 +474,35 @@ class Square:
     targeted = False
     halvings = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
-    def __init__(self, eps, queries, p, shape, seed):
+    def __init__(self, eps, queries, p, restarts, shape, seed):
         self.eps, self.length = eps, queries
-        # Where query i puts its square and which colours it has, the same for all images.
-        total = queries + math.ceil(queries / 10)
-        self.random = torch.rand(total, 2 + shape[0], generator=torch.Generator().manual_seed(seed))
+        # Where query i of a restart puts its square and which colours it has, the same for all images.
+        total = queries + math.ceil(queries / AGAIN)
+        self.random = torch.rand(restarts, total, 2 + shape[0], generator=torch.Generator().manual_seed(seed))
         share = [p / 2 ** sum(i > h for h in self.halvings) for i in range(total)]
         self.side = torch.tensor([max(round(math.sqrt(v * shape[1] * shape[2])), 1) for v in share])
         self.side = self.side.clamp(max=min(shape[1:]))
 
     def start(self, s, seed):
         channels, _, width = s["x"].shape[1:]
-        stripes = start_noise(s, seed, (channels, 1, width)).sign()
-        return self.again(s | {"best": project(s["x"] + self.eps * stripes, s["x"], self.eps)})
+        s["low"], s["high"] = (s["x"] - self.eps).clamp(min=0), (s["x"] + self.eps).clamp(max=1)
+        stripes = start_noise(s, seed, (channels, 1, width))
+        return self.again(s | {"best": torch.where(stripes > 0, s["high"], s["low"])})
 
     def again(self, s):
         return s | {"margin": torch.full_like(s["x"][:, 0, 0, 0], -math.inf)}  # nothing known of s["best"]
 
     def step(self, model, s):
-        side, random = (table.to(s["x"].device)[s["age"]] for table in (self.side, self.random))
-        inside = [
-            (i >= corner[:, None]) & (i < (corner + side)[:, None])
-            for n, u in zip(s["x"].shape[2:], random.T)
-            for i, corner in [(torch.arange(n, device=side.device), (u * (n - side + 1)).long())]
-        ]
+        side = self.side.to(s["x"].device)[s["age"]]
+        random = self.random.to(s["x"].device)[s["trial"], s["age"]]
+        inside = []
+        for n, u in zip(s["x"].shape[2:], random.T):
+            corner = (u * (n - side + 1)).long()
+            i = torch.arange(n, device=side.device)
+            inside.append((i >= corner[:, None]) & (i < (corner + side)[:, None]))
         inside = inside[0][:, None, :, None] & inside[1][:, None, None, :] & per_image(s["margin"] > -math.inf)
-        colour = (random[:, 2:, None, None] - 0.5).sign().to(s["x"])
-        candidate = torch.where(inside, project(s["x"] + self.eps * colour, s["x"], self.eps), s["best"])
+        recoloured = torch.where(random[:, 2:, None, None] > 0.5, s["high"], s["low"])
+        candidate = torch.where(inside, recoloured, s["best"])
         with torch.no_grad():
             logits = logits_at(model, candidate)
         value = margin(logits, s["y"]).to(s["margin"])
@@ -488,7 +518,8 @@ def square(model, x, y, eps, queries=5000, p=0.8, restarts=1, seed=0, **options)
     Starts from vertical stripes of +-eps; a query recolours one square to +-eps and stays if it raises the margin.
     p: share of the image that the square covers, halved after 10, 50, 200, ... queries. The rest: see `search`.
     """
-    return search(model, x, y, eps, Square(eps, queries, p, x.shape[1:], seed), restarts, seed=seed, **options)
+    attack = Square(eps, queries, p, restarts, x.shape[1:], seed)
+    return search(model, x, y, eps, attack, restarts, seed=seed, **options)
 
 
 ATTACKS = {
@@ -519,9 +550,9 @@ def autoattack(model, x, y, eps, **options):
 # ---------------------------------------------------------------- checks
 
 
-def check_network(model, x, y, eps, batch_size=250):
+def check_network(model, x, y, eps, count=250):
     """Reasons to mistrust what any attack finds on this network, a list of sentences; x, y: some images."""
-    x, y, found = x[:batch_size], y[:batch_size], []
+    x, y, found = x[:count], y[:count], []
     logits = outputs(model, x)
     classes = logits.shape[1]
     if isinstance(model, torch.nn.Module) and any(module.training for module in model.modules()):
@@ -568,7 +599,7 @@ def parse_args():
     parser = common.Parser(
         description=__doc__.split("\n")[0],
         formatter_class=common.Help,
-        epilog="eps and --step-size are in units of 1/255. --model runs the Python file that it names: name only one "
+        epilog="--model runs the Python file that it names: name only one "
         "that you trust. Weights, states and data files are loaded so that they cannot run code.",
     )
     add = parser.add_argument
@@ -577,18 +608,18 @@ def parse_args():
     add("--weights", metavar="FILE", help="a state_dict for --model, alone or under 'state_dict'")
     names = ", ".join([*ATTACKS, "autoattack"])
     add("--attack", default="pgd", help=f"comma-separated, each on what the ones before left: {names}")
-    add("--eps", type=number(float, 0, 255), default=8, help="l-infinity radius")
+    add("--eps", type=number(float, 0, 255), default=8, help="l-infinity radius, in 1/255")
     add("--steps", type=number(int, 1), default=50, help="of PGD")
     add("--restarts", type=number(int, 1), default=10, help="of PGD")
-    add("--step-size", type=number(float, 0, 255), help="of PGD (default: eps / 4)")
-    help = "bf16: faster; what it leaves unbroken is attacked again in float32, a tenth of the iterations"
+    add("--step-size", type=number(float, 0, 255), help="of PGD, in 1/255 (default: eps / 4)")
+    help = "bf16: faster; what it leaves unbroken is attacked again in float32, a twentieth of the iterations"
     add("--search-precision", choices=("fp32", "bf16"), default="fp32", help=help)
     add("--individual", action="store_true", help="every attack on all images")
     add("--n", type=number(int, 1), help="the first N test images (default: all)")
     add("--dataset", help="cifar10, cifar100 or an .npz (default: what the run was trained on)")
     add("--data-dir", default="data", help="where cifar10 and cifar100 are, or are downloaded to")
-    add("--batch-size", type=number(int, 1), default=250, help="of the active set")
-    add("--seed", type=number(int, 0), default=0, help="of every random start and query")
+    add("--batch-size", type=number(int, 1), help="of the active set (default: 64 on a CPU, else 250)")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of every random start and query")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--state", metavar="FILE", help="save progress there, and go on from it if it is there")
     add("--json", metavar="FILE", help="write the numbers there")

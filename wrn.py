@@ -48,8 +48,8 @@ class Block(nn.Module):
             self.shortcut = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
 
     def forward(self, x):
-        activated = F.relu(self.bn1(x))
-        out = F.relu(self.bn2(self.conv1(activated)))
+        activated = F.relu(self.bn1(x), inplace=True)
+        out = F.relu(self.bn2(self.conv1(activated)), inplace=True)
         if self.training:
             out = dropout(out, self.p)
         return self.conv2(out) + (x if self.shortcut is None else self.shortcut(activated))
@@ -113,7 +113,7 @@ class WideResNet(nn.Module):
             if name in delta:
                 x = x + delta[name]
             h[name] = x
-        x = F.relu(self.bn(x)).mean((2, 3), dtype=self.fc.weight.dtype)
+        x = F.relu(self.bn(x), inplace=True).mean((2, 3), dtype=self.fc.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):  # logits in float32 (or as the weights are)
             logits = self.fc(x)
         return (logits, h) if return_features else logits

@@ -111,6 +111,21 @@ def test_monitor_counts_fgsm_plainly(tiny):
     assert result["fgsm"] == 100 and result["clean"] == 50 and result["pgd10"] < 50.1
 
 
+def test_monitor_measures_alignment():
+    """Of a linear network it is 1; of one whose gradient at x points along x - 0.3 it is known for every start."""
+    x, y, eps = torch.rand(30, 3, 4, 4, generator=torch.Generator().manual_seed(1)), torch.zeros(30).long(), 0.2
+
+    def two(score):
+        return torch.stack([score, -score], 1)
+
+    assert common.monitor(lambda z: two(z.sum((1, 2, 3)) / 50), x, y, eps)["alignment"] == pytest.approx(1)
+    u = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    a, b = ((z - 0.3).flatten(1).double() for z in (x, x + eps * u))
+    expected = ((a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)).mean().item()
+    found = common.monitor(lambda z: two(((z - 0.3) ** 2).sum((1, 2, 3)) / 50), x, y, eps)["alignment"]
+    assert found == pytest.approx(expected, abs=1e-5) and expected < 0.98
+
+
 @pytest.mark.parametrize(
     ("clean", "fgsm", "pgd10", "expected"),
     [

@@ -166,7 +166,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(cli, tmp_path, mon
 
 def test_a_warning_names_the_epoch(cli, tmp_path, monkeypatch):
     seen = iter([(50, 30, 28), (50, 30, 28), (80, 60, 1), (80, 60, 1)])  # test and train, two epochs
-    monkeypatch.setattr(common, "monitor", lambda *_: dict(zip(("clean", "fgsm", "pgd10"), next(seen))))
+    monkeypatch.setattr(common, "monitor", lambda *_: dict(zip(("clean", "fgsm", "pgd10"), next(seen)), alignment=0.5))
     code, out, _ = cli(train_fgsm, f"{SMALL} --epochs 2 --out {tmp_path / 'run'}")
     assert code == 0
     assert "warning: epoch 2: catastrophic overfitting" in out and "warning: epoch 1" not in out

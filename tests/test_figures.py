@@ -1,0 +1,198 @@
+"""toy_2d.py, analyze.py and sweep.py: their numbers, their files, and that what they print can be run."""
+
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import analyze
+import sweep
+import toy_2d
+from conftest import SMALL, TINY
+from wrn import LAYERS, load_model
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of a SLAT and an FGSM run."""
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("slat", "fgsm"):
+        command = [sys.executable, f"train_{method}.py", *SMALL.split(), "--epochs", "3", "--out", str(folder / method)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return f"{folder}/slat {folder}/fgsm"
+
+
+def written(name):
+    assert name.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in name.with_suffix(".svg").read_bytes()
+    return json.loads(name.with_suffix(".json").read_text())
+
+
+# ---------------------------------------------------------------- toy_2d.py
+
+
+def test_the_grid_finds_the_worst_case_of_a_linear_boundary():
+    model = toy_2d.Net(2)
+    with torch.no_grad():  # relu(s) - relu(-s) = s, with s = w x
+        w = torch.tensor([1.0, 3.0])
+        model.first.weight.copy_(torch.stack([w, -w]))
+        model.first.bias.zero_()
+        model.second.weight.copy_(torch.tensor([[1.0, -1.0]]))
+        model.second.bias.zero_()
+    x, y = toy_2d.sample(500, 0)
+    for eps in (0.0, 0.05, 0.1):
+        right = (2 * y - 1) * (x @ w) > eps * w.abs().sum()
+        assert toy_2d.accuracy(model, x, y, eps) == pytest.approx(100 * right.double().mean().item())
+    assert toy_2d.lean(model, x) == pytest.approx(75)
+
+
+def test_toy(cli, tmp_path):
+    code, out, _ = cli(toy_2d, f"--seeds 1 --out {tmp_path / 'toy'}")
+    assert code == 0 and max(map(len, out.splitlines()[:4])) <= 90
+    results = written(tmp_path / "toy")["results"]
+    lean = [results[method]["lean"][0] for method in ("standard", "fgsm", "slat")]
+    assert lean[0] > 60 and lean == sorted(lean, reverse=True) and lean[2] < 3
+    assert results["standard"]["clean"][0] > 99 and results["standard"]["robust"][0] < results["slat"]["robust"][0] - 10
+
+
+# ---------------------------------------------------------------- analyze.py
+
+
+def test_figures_of_metrics(cli, runs, tmp_path):
+    for command, key in (("curves", "test_pgd10"), ("alignment", "test_alignment")):
+        code, out, err = cli(analyze, f"{command} {runs} --out {tmp_path / command}")
+        assert code == 0 and not err
+        numbers = written(tmp_path / command)
+        rows = [json.loads(line) for line in open(f"{runs.split()[0]}/metrics.jsonl")]
+        assert numbers["SLAT"][key] == [row[key] for row in rows] and list(numbers) == ["SLAT", "FGSM"]
+        assert numbers["SLAT"]["share"] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
+def test_figures_of_networks(cli, runs, tmp_path, tiny):
+    for command, flags in (("grad-norm", ""), ("linearity", "--points 3 --eps 2"), ("landscape", "--points 3 --eps 2")):
+        code, out, err = cli(analyze, f"{command} {runs} --n 12 {flags} --device cpu --out {tmp_path / command}")
+        assert code == 0 and not err, err
+    model = load_model(runs.split()[0])
+    x, y = tiny.test(12)
+
+    norms = torch.zeros(5)
+    error = 0.0
+    for image, label in zip(x, y):  # one image at a time
+        logits, h = model(image[None].requires_grad_(), return_features=True)
+        loss = F.cross_entropy(logits, label[None])
+        found = torch.autograd.grad(loss, [h[name] for name in LAYERS])
+        norms += torch.tensor([g.abs().sum() for g in found]) / 12
+        d = 2 / 255 * found[1].sign()
+        after = F.cross_entropy(model(image[None], delta={"conv1": d}), label[None])
+        error += (after - loss - (found[1] * d).sum()).abs().item() / 12
+    numbers = written(tmp_path / "grad-norm")["l1"]["SLAT"]
+    assert list(numbers) == list(LAYERS) and list(numbers.values()) == pytest.approx(norms.tolist(), rel=1e-3)
+    assert written(tmp_path / "linearity")["error"]["SLAT"]["conv1"][-1] == pytest.approx(error, rel=0.05)
+
+    surface = torch.tensor(written(tmp_path / "landscape")["loss"]["SLAT"])
+    assert surface[1, 1].item() == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-4)
+    assert (surface[2] > surface[0]).all(), "the loss rises along the sign of its gradient"
+
+
+def result(method, seed, clean, pgd, autoattack=None, **flags):
+    config = {"method": method, "depth": 10, "width": 2, "epochs": 8, "eps": 8.0, "dropout": 0.3, "seed": seed}
+    config |= {"hardware": "a CPU", "seconds": 60.0 * (seed + 1), **flags}
+    attacks = {"pgd-50-10": pgd} | ({"autoattack": autoattack} if autoattack else {})
+    return {"clean": clean, "attacks": attacks, "n": 100, "training": config}
+
+
+def test_table_and_figures_of_results(cli, tmp_path):
+    results = [
+        result("fgsm", 0, 60.0, 30.0),
+        result("fgsm", 1, 62.0, 34.0),
+        result("slat", 0, 50.0, 31.0, 28.0, layers=["0", "conv1", "conv2"], eta=1.0),
+        result("slat", 0, 52.0, 32.0, 29.0, layers=["0", "conv1", "conv2"], eta=0.6),
+    ]
+    files = []
+    for i, content in enumerate(results):
+        files.append(str(tmp_path / f"{i}.json"))
+        (tmp_path / f"{i}.json").write_text(json.dumps(content))
+    code, out, err = cli(analyze, f"table {' '.join(files)} --out {tmp_path / 'table'}")
+    assert code == 0 and not err and (tmp_path / "table.md").read_text() == out
+    fgsm, other, slat = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:5]]
+    assert fgsm[5:10] == ["2", "61.0 ± 1.0 (87.4)", "32.0 ± 2.0 (0.0)", "not run (0.0)", "1.5 ± 0.5"]
+    assert sorted([other[4], slat[4]]) == ["", "eta 0.6"] and slat[6] in ("50.0 (85.9)", "52.0 (85.9)")
+    code, out, err = cli(analyze, f"eta {' '.join(files)} --out {tmp_path / 'eta'}")
+    assert code == 0 and written(tmp_path / "eta") == {
+        "SLAT": {"eta": [0.6, 1.0], "pgd-50-10": [32, 31], "autoattack": [29, 28], "clean": [52, 50]}
+    }
+    code, out, err = cli(analyze, f"eps {' '.join(files)} --out {tmp_path / 'eps'}")
+    assert code == 0 and written(tmp_path / "eps")["FGSM"]["pgd-50-10"] == [32]
+    code, _, err = cli(analyze, f"eta {files[0]} --out {tmp_path / 'eta'}")
+    assert code == 2 and "--eta" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("curves nowhere", "nowhere/config.json is missing"),
+        ("grad-norm nowhere", "nowhere/config.json is missing"),
+        ("curves {run} --out no/such/name", "no folder"),
+        ("linearity {run} --layers conv9", "conv9"),
+        ("landscape {run} --eps 999", "--eps"),
+        ("table {run}/config.json", "says nothing of the training"),
+        ("draw {run}", "draw"),
+    ],
+)
+def test_errors_are_one_line(cli, runs, flags, message):
+    code, _, err = cli(analyze, flags.format(run=runs.split()[0]))
+    assert code == 2 and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("module", [analyze, toy_2d])
+def test_without_matplotlib_there_is_a_hint(cli, runs, monkeypatch, tmp_path, module):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    flags = f"curves {runs}" if module is analyze else "--seeds 1 --steps 2"
+    code, _, err = cli(module, f"{flags} --out {tmp_path / 'x'}")
+    assert "pip install matplotlib" in (err if module is analyze else str(code))
+
+
+# ---------------------------------------------------------------- sweep.py
+
+
+@pytest.mark.parametrize("name", sweep.SWEEPS)
+def test_every_printed_command_is_understood_by_its_script(cli, monkeypatch, tmp_path, name):
+    code, out, _ = cli(sweep, f"{name} --seeds 0,1 --small --dataset {TINY} --results {tmp_path} --runs {tmp_path}")
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) == len(set(lines)) == 2 * len(sweep.SWEEPS[name])
+    for line in lines:
+        train, evaluate = line.split(" && ")
+        for command in (train, evaluate):
+            _, script, *flags = shlex.split(command)
+            module = importlib.import_module(script.removesuffix(".py"))
+            monkeypatch.setattr(sys, "argv", [script, *flags])
+            args = module.parse_args()
+            if command == train:
+                assert (args.depth, args.width) == (10, 2)
+                assert args.epochs == (2 if "free" in line or "yopo" in line else 8)
+                (tmp_path / args.out).mkdir(exist_ok=True)  # as the run would
+
+
+def test_a_sweep_skips_what_is_done_and_resumes_what_is_broken(cli, tmp_path):
+    flags = f"eta --runs {tmp_path}/runs --results {tmp_path}/results"
+    lines = cli(sweep, flags)[1].splitlines()
+    assert len(lines) == 5 and all("--resume" not in line for line in lines)
+    names = [shlex.split(line)[-1].split("/")[-1].removesuffix(".json") for line in lines]
+    (tmp_path / "results" / f"{names[0]}.json").write_text("{}")
+    for name, file in ((names[1], "model.pt"), (names[2], "config.json")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / file).write_text("{}")
+    now = cli(sweep, flags)[1].splitlines()
+    assert len(now) == 4
+    assert now[0].startswith("python eval_attacks.py") and "train" not in now[0]
+    assert "--resume &&" in now[1] and now[2:] == lines[3:]
+    for name in names:
+        (tmp_path / "results" / f"{name}.json").write_text("{}")
+    code, out, err = cli(sweep, flags)
+    assert code == 0 and out == "" and "nothing left" in err

@@ -129,9 +129,9 @@ def per_image(values):
     return values.view(-1, 1, 1, 1)
 
 
-def project(point, x, eps):
-    """The nearest point within eps of x and within [0, 1]."""
-    return torch.minimum(torch.maximum(point, x - eps), x + eps).clamp(0, 1)
+def bounds(x, eps):
+    """The lowest and the highest point within eps of x and within [0, 1]; clamping to them projects."""
+    return (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
 
 
 def take(state, keep):
@@ -230,6 +230,7 @@ def search(
                 image, trial = jobs[robust[jobs[:, 0]]].T
                 if len(image):
                     new = {"image": image, "trial": trial, "age": torch.zeros_like(image), "x": x[image], "y": y[image]}
+                    new["low"], new["high"] = bounds(new["x"], eps)
                     if attack.targeted:
                         new["target"] = ranking[image, trial + 1]
                     sets[0] = join(sets[0], attack.start(new, seed))
@@ -284,7 +285,7 @@ class Pgd:
     def start(self, s, seed):
         s["point"] = s["x"]
         if self.random_start:
-            s["point"] = project(s["x"] + self.eps * start_noise(s, seed), s["x"], self.eps)
+            s["point"] = (s["x"] + self.eps * start_noise(s, seed)).clamp(s["low"], s["high"])
         return s | {"best": s["point"]}
 
     def again(self, s):
@@ -293,7 +294,7 @@ class Pgd:
     def step(self, model, s):
         logits, _, gradient = ascend(model, s["point"], cross_entropy, s["y"], None)
         s["best"] = s["point"]
-        s["point"] = project(s["point"] + self.step_size * gradient.sign(), s["x"], self.eps)
+        s["point"] = (s["point"] + self.step_size * gradient.sign()).clamp(s["low"], s["high"])
         return s["best"], logits
 
 
@@ -343,7 +344,8 @@ class Apgd:
 
     def start(self, s, seed):
         t = start_noise(s, seed)
-        s["best"] = project(s["x"] + self.eps * t / t.abs().amax((1, 2, 3), keepdim=True), s["x"], self.eps)
+        t = t / t.abs().amax((1, 2, 3), keepdim=True)
+        s["best"] = (s["x"] + self.eps * t).clamp(s["low"], s["high"])
         return self.begin(s, 2 * self.eps)
 
     def again(self, s):
@@ -387,11 +389,11 @@ class Apgd:
             s["best_loss_then"] = torch.where(check, s["best_loss"], s["best_loss_then"])
             s["raised"] = torch.where(check, 0, s["raised"])
 
-        moved = project(point + per_image(s["step_size"]) * gradient.sign(), s["x"], self.eps)
+        moved = (point + per_image(s["step_size"]) * gradient.sign()).clamp(s["low"], s["high"])
         # The first iteration has no momentum: there point is previous, and a is 1.
         a = per_image(torch.where(s["loss"].isposinf(), 1.0, 0.75).to(point))
-        moved = project(point + a * (moved - point) + (1 - a) * (point - s["previous"]), s["x"], self.eps)
-        s["previous"], s["loss"], s["point"] = point, loss, moved
+        moved = point + a * (moved - point) + (1 - a) * (point - s["previous"])
+        s["previous"], s["loss"], s["point"] = point, loss, moved.clamp(s["low"], s["high"])
         return candidate, logits
 
 
@@ -474,8 +476,8 @@ class Square:
     targeted = False
     halvings = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
-    def __init__(self, eps, queries, p, restarts, shape, seed):
-        self.eps, self.length = eps, queries
+    def __init__(self, queries, p, restarts, shape, seed):
+        self.length = queries
         # Where query i of a restart puts its square and which colours it has, the same for all images.
         total = queries + math.ceil(queries / AGAIN)
         self.random = torch.rand(restarts, total, 2 + shape[0], generator=torch.Generator().manual_seed(seed))
@@ -485,7 +487,6 @@ class Square:
 
     def start(self, s, seed):
         channels, _, width = s["x"].shape[1:]
-        s["low"], s["high"] = (s["x"] - self.eps).clamp(min=0), (s["x"] + self.eps).clamp(max=1)
         stripes = start_noise(s, seed, (channels, 1, width))
         return self.again(s | {"best": torch.where(stripes > 0, s["high"], s["low"])})
 
@@ -518,7 +519,7 @@ def square(model, x, y, eps, queries=5000, p=0.8, restarts=1, seed=0, **options)
     Starts from vertical stripes of +-eps; a query recolours one square to +-eps and stays if it raises the margin.
     p: share of the image that the square covers, halved after 10, 50, 200, ... queries. The rest: see `search`.
     """
-    attack = Square(eps, queries, p, restarts, x.shape[1:], seed)
+    attack = Square(queries, p, restarts, x.shape[1:], seed)
     return search(model, x, y, eps, attack, restarts, seed=seed, **options)
 
 
@@ -562,7 +563,7 @@ def check_network(model, x, y, eps, count=250):
     if logits.min() >= 0 and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-3):
         found.append("outputs are probabilities, not logits (a softmax at the end?): gradients vanish, leave it out")
     with frozen(model), torch.autocast(x.device.type, enabled=False):
-        point = project(x + eps * torch.rand_like(x) - eps / 2, x, eps)
+        point = (x + eps * torch.rand_like(x) - eps / 2).clamp(0, 1)
         zero = (ascend(model, point, cross_entropy, y, None)[2] == 0).flatten(1).all(1) & (logits.argmax(1) == y)
     if zero.any():
         found.append(
@@ -801,8 +802,7 @@ def save_adversarial(args, model, x, x_adv, y, eps):
 
     if args.save_adv_as == "uint8":
         pixels, radius = (x * 255).round(), math.floor(args.eps)
-        x_adv = project((x_adv * 255).round() / 255, pixels / 255, radius / 255)
-        x_adv = (x_adv * 255).round() / 255
+        x_adv = (x_adv * 255).round().clamp(pixels - radius, pixels + radius).clamp(0, 255) / 255
     verdict = is_adversarial(model, x, x_adv, y, eps)
     images = x_adv if args.save_adv_as == "float32" else (x_adv * 255).round().to(torch.uint8)
     arrays = {"x": images.permute(0, 2, 3, 1), "y": y, "adversarial": verdict}

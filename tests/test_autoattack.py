@@ -211,7 +211,7 @@ def test_fab_finds_the_nearest_point_of_a_linear_network():
 
 
 def test_the_squares_shrink_as_the_schedule_says():
-    side = Square(EPS, 5000, 0.8, 1, (3, 32, 32), 0).side
+    side = Square(5000, 0.8, 1, (3, 32, 32), 0).side
     ends = {10: 29, 50: 20, 200: 14, 500: 10, 1000: 7, 2000: 5, 4000: 4, 5000: 3}  # round(sqrt(p) 32)
     assert [int(side[q]) for q in ends if q < 5000] == list(ends.values())[:-1]
     assert [int(side[q + 1]) for q in ends if q < 4000] == list(ends.values())[1:-1]
@@ -247,7 +247,7 @@ def test_square_changes_one_square_a_query_and_keeps_what_raises_the_margin(trai
         return model(batch)
 
     x, y = x[:20], y[:20]
-    attack = Watched(EPS, 60, 0.8, 1, x.shape[1:], 0)
+    attack = Watched(60, 0.8, 1, x.shape[1:], 0)
     robust, _ = search(count, x, y, EPS, attack, 1)
     assert 60 * robust.sum() < sum(calls[1:]) <= 60 * (predict(model, x) == y).sum() + 20
     assert any(row == 31 for row, _, _ in seen) and any(column == 31 for _, column, _ in seen)  # the last ones too

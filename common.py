@@ -10,7 +10,9 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -40,7 +42,7 @@ def launch(main):
     except torch.OutOfMemoryError:
         fail("out of device memory: give a smaller --batch-size, --width or --depth", 1)
     except KeyboardInterrupt:
-        fail("interrupted (--resume goes on with a training run from its last finished epoch)", 130)
+        fail("interrupted: the last checkpoint (--resume) or state (--state) is whole", 130)
 
 
 # ---------------------------------------------------------------- flags
@@ -107,6 +109,7 @@ def make_parser(doc):
     add("--compile", action="store_true", help="torch.compile the network")
     add("--monitor", type=number(int, 1), default=1000, metavar="N", help="images for the accuracies after an epoch")
     add("--out", metavar="DIR", help="run folder (default: runs/METHOD_DATASET_epsEPS_seedSEED)")
+    add("--checkpoint-minutes", type=number(float, 0), default=10.0, help="save this often inside an epoch too")
     add("--resume", action="store_true", help="go on from DIR/checkpoint.pt")
     add("--overwrite", action="store_true", help="replace the run that DIR holds")
     return parser
@@ -203,8 +206,8 @@ class Data:
         self.test_y = torch.from_numpy(arrays["test_y"].astype(np.int64)).to(device)
         self.name, self.classes, self.device = name, classes, device
 
-    def batches(self, epoch, batch_size, seed):
-        """Yield (x, y) of one epoch: shuffled, cropped after 4 pixels of zero padding, flipped.
+    def batches(self, epoch, batch_size, seed, done=0):
+        """Yield (x, y) of one epoch but its first `done` batches: shuffled, cropped after zero padding by 4, flipped.
 
         x: (B, 3, H, W) float32 in [0, 1], channels_last. What epoch e of seed s shows depends on
         (s, e) alone: not on the method, nor the device, nor on what was drawn before.
@@ -214,7 +217,7 @@ class Data:
         order = torch.from_numpy(random.permutation(n)).to(self.device)
         top, left = torch.from_numpy(random.integers(0, 9, (2, n))).to(self.device)
         flip = torch.from_numpy(random.random(n) < 0.5).to(self.device)
-        for part in torch.arange(n - n % batch_size, device=self.device).split(batch_size):
+        for part in torch.arange(n - n % batch_size, device=self.device).split(batch_size)[done:]:
             x = crop_and_flip(self.train_x, order[part], top[part], left[part], flip[part])
             yield to_float(x), self.train_y[order[part]]
 
@@ -471,7 +474,7 @@ def overfitting(row):
 
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "best.pt")
 # Flags that may differ between a run and its resumption.
-FREE_FLAGS = ("device", "compile", "data_dir", "out", "resume", "overwrite")
+FREE_FLAGS = ("device", "compile", "data_dir", "out", "checkpoint_minutes", "resume", "overwrite")
 HEADER = "epoch   loss  train |  test clean  fgsm pgd10 |  train clean  fgsm pgd10    time"
 ROW = (
     "{epoch:5} {loss:6.3f} {train_acc:6.1f} |  {test_clean:10.1f} {test_fgsm:5.1f} {test_pgd10:5.1f} "
@@ -479,21 +482,29 @@ ROW = (
 )
 
 
+class Interrupted(Exception):
+    """A signal arrived where nothing needs to be finished first."""
+
+
 class Run:
     """A run's folder, its counters and what is printed; the loop itself stands in the script.
 
     passes: the cost of a step in forward and backward passes, standard training being 3.
     steps_per_batch: optimiser steps on each batch (Free-AT's replays).
+    done: batches of this epoch that are behind it; not 0 after a resume inside an epoch.
     extra: what a method carries from step to step; it is saved in the checkpoint.
     """
 
     def __init__(self, args, model, optimizer, data, passes, steps_per_batch=1):
         self.args, self.model, self.optimizer, self.data = args, model, optimizer, data
         self.out = Path(args.out)
+        self.steps_per_batch = steps_per_batch
         self.steps_per_epoch = len(data.train_x) // args.batch_size * steps_per_batch
         self.total_steps = args.epochs * self.steps_per_epoch
         self.epoch = self.step = 0
         self.rows, self.best, self.extra = [], -1.0, {}
+        self._begin_epoch()
+        self.signal, self.interruptible, self.saved = None, False, time.monotonic()
         self.line = StatusLine()
         self._open_folder()
         self._announce(passes)
@@ -534,7 +545,8 @@ class Run:
         print(f"device   {versions(args.device)['hardware']}, {args.precision}")
         print(f"run      {self.out}: {args.epochs} epochs, {self.total_steps:,} steps, eps {args.eps:g}/255")
         if args.resume:
-            print(f"resumed  after epoch {self.epoch} of {args.epochs}")
+            inside = f" and {self.done:,} batches" if self.done else ""
+            print(f"resumed  after epoch {self.epoch} of {args.epochs}{inside}")
         if self.epoch < args.epochs:
             seconds = self._time_standard_step() * passes / 3 * (self.total_steps - self.step)
             print(f"estimate about {clock(seconds)} of training on this device, {passes} passes a step")
@@ -560,13 +572,59 @@ class Run:
                     return seconds
                 n = args.batch_size
 
+    def _begin_epoch(self):
+        """Sums over the epoch's steps; they stay on the device, so the host need not wait for it."""
+        zero = torch.zeros((), device=self.args.device)
+        self.sums = {"loss": zero, "correct": zero.long(), "seen": zero.long(), "bad_step": zero.long()}
+        self.seconds = 0.0
+
+    @property
+    def done(self):
+        return (self.step - self.epoch * self.steps_per_epoch) // self.steps_per_batch
+
     def epochs(self):
-        """Yield what epochs are left, in train mode."""
-        while self.epoch < self.args.epochs:
-            self.loss, self.correct, self.seen = 0.0, 0, 0
-            self.model.train()
-            self.start = time.perf_counter()
-            yield self.epoch
+        """Yield what epochs are left, in train mode. SIGTERM and Ctrl-C end the run after the step in hand."""
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while self.epoch < self.args.epochs:
+                self.model.train()
+                self.start = time.perf_counter() - self.seconds
+                yield self.epoch
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        if self.signal is not None:  # who asks twice will not wait
+            raise KeyboardInterrupt
+        self.signal = number
+        if self.interruptible:
+            raise Interrupted
+
+    def _save_inside_epoch(self):
+        """What a resume needs to go on at this very step; then end, if a signal asked for that."""
+        self._check_loss()
+        self.seconds = time.perf_counter() - self.start
+        self._save_checkpoint()
+        if self.signal is not None:
+            self.line.clear()
+            command = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--overwrite")]
+            name = signal.Signals(self.signal).name
+            print(f"stopped  by {name} after step {self.step:,} of {self.total_steps:,}; this goes on:")
+            print(f"         {shlex.join(['python', Path(sys.argv[0]).name, *command, '--resume'])}", flush=True)
+            sys.exit(128 + self.signal)
+
+    def _check_loss(self):
+        """End the run if a loss was not finite: what comes after it must not replace the last good checkpoint."""
+        step = int(self.sums["bad_step"])
+        if step:
+            fail(
+                f"the loss is not finite, first in epoch {self.epoch + 1} at step {step:,}: try a lower --lr-max; "
+                f"{self.out} keeps its last good checkpoint",
+                1,
+            )
 
     def set_lr(self):
         """Give the optimiser this step's learning rate and momentum."""
@@ -575,49 +633,48 @@ class Run:
             group["lr"], group["momentum"] = lr, momentum
 
     def count(self, loss, logits, y):
-        """Count a step that was made; the sums stay on the device, so the host need not wait for it."""
+        """Count a step that was made; now and then show it, save it, or end here because a signal asked for it."""
         self.step += 1
-        self.loss += loss.detach()
-        self.correct += (logits.detach().argmax(1) == y).sum()
-        self.seen += len(y)
+        sums, loss = self.sums, loss.detach()
+        sums["loss"] = sums["loss"] + loss
+        sums["correct"] = sums["correct"] + (logits.detach().argmax(1) == y).sum()
+        sums["seen"] = sums["seen"] + len(y)
+        sums["bad_step"] = torch.where(loss.isfinite() | (sums["bad_step"] > 0), sums["bad_step"], self.step)
         if self.line.due():
-            done = self.step - self.epoch * self.steps_per_epoch
-            loss, accuracy = float(self.loss) / done, 100 * int(self.correct) / self.seen
-            rate = self.seen / (time.perf_counter() - self.start)
-            batch, left = self.seen / done, self.total_steps - self.step
+            self._check_loss()
+            steps = self.step - self.epoch * self.steps_per_epoch
+            seen = int(sums["seen"])
+            rate = seen / (time.perf_counter() - self.start)
             between = sum(row["monitor_seconds"] for row in self.rows) / max(len(self.rows), 1)
-            seconds = left * batch / rate + (self.args.epochs - self.epoch) * between
+            left = (self.total_steps - self.step) * (seen / steps) / rate + (self.args.epochs - self.epoch) * between
             self.line.show(
-                f"epoch {self.epoch + 1}/{self.args.epochs} step {done}/{self.steps_per_epoch} loss {loss:.3f} "
-                f"acc {accuracy:.1f} lr {self.optimizer.param_groups[0]['lr']:.3f} {rate:.0f} img/s "
-                f"{clock(seconds)} left"
+                f"epoch {self.epoch + 1}/{self.args.epochs} step {steps}/{self.steps_per_epoch} "
+                f"loss {float(sums['loss']) / steps:.3f} acc {100 * int(sums['correct']) / seen:.1f} "
+                f"lr {self.optimizer.param_groups[0]['lr']:.3f} {rate:.0f} img/s {clock(left)} left"
             )
+        if self.signal is not None or time.monotonic() - self.saved >= 60 * self.args.checkpoint_minutes:
+            self._save_inside_epoch()
 
     def end_epoch(self):
         """Measure, print and save."""
-        loss = float(self.loss) / self.steps_per_epoch  # waits for the device
-        seconds = time.perf_counter() - self.start
-        self.epoch += 1
-        if not math.isfinite(loss):
-            fail(f"the loss is {loss} in epoch {self.epoch}: try a lower --lr-max; the checkpoint is one epoch old", 1)
-        self.model.eval()
+        self._check_loss()
+        loss = float(self.sums["loss"]) / self.steps_per_epoch  # waits for the device
+        seconds, seen = time.perf_counter() - self.start, int(self.sums["seen"])
+        self.line.show(f"epoch {self.epoch + 1}/{self.args.epochs}: clean, FGSM and PGD-10 accuracy ...")
         start = time.perf_counter()
+        accuracies = self._measure(seconds)
+        self.epoch += 1
         row = {
             "epoch": self.epoch,
             "step": self.step,
             "lr": self.optimizer.param_groups[0]["lr"],
             "loss": loss,
-            "train_acc": 100 * int(self.correct) / self.seen,
+            "train_acc": 100 * int(self.sums["correct"]) / seen,
             "seconds": seconds,
-            "images_per_second": self.seen / seconds,
+            "images_per_second": seen / seconds,
+            **accuracies,
+            "monitor_seconds": time.perf_counter() - start,
         }
-        self.line.show(f"epoch {self.epoch}/{self.args.epochs}: clean, FGSM and PGD-10 accuracy ...")
-        # Eager: the active set's batches change their size, and each would be compiled anew.
-        with autocast(self.args), torch.compiler.set_stance("force_eager"):
-            for split, images in (("test", self.data.test), ("train", self.data.train)):
-                accuracies = monitor(self.model, *images(self.args.monitor), self.args.eps / 255)
-                row |= {f"{split}_{name}": accuracy for name, accuracy in accuracies.items()}
-        row["monitor_seconds"] = time.perf_counter() - start
         row["warning"] = overfitting(row)
         self.rows.append(row)
         self.line.clear()
@@ -628,7 +685,28 @@ class Run:
         if row["train_pgd10"] > self.best:
             self.best = row["train_pgd10"]
             self._save("best.pt")
+        self._begin_epoch()
         self._save_checkpoint()
+
+    def _measure(self, seconds):
+        """The monitor's accuracies on test and training images; a signal need not wait for them."""
+        self.model.eval()
+        accuracies = {}
+        try:
+            self.interruptible = True
+            if self.signal is not None:
+                raise Interrupted
+            # Eager: the active set's batches change their size, and each would be compiled anew.
+            with autocast(self.args), torch.compiler.set_stance("force_eager"):
+                for split, images in (("test", self.data.test), ("train", self.data.train)):
+                    found = monitor(self.model, *images(self.args.monitor), self.args.eps / 255)
+                    accuracies |= {f"{split}_{name}": value for name, value in found.items()}
+            self.interruptible = False
+        except Interrupted:  # all steps of the epoch are made; a resume measures first
+            self.interruptible = False
+            self.start = time.perf_counter() - seconds
+            self._save_inside_epoch()
+        return accuracies
 
     def finish(self):
         """Write model.pt and say where everything is."""
@@ -656,6 +734,8 @@ class Run:
             "step": self.step,
             "rows": self.rows,
             "best": self.best,
+            "sums": self.sums,
+            "seconds": self.seconds,
             "extra": self.extra,
             "rng": torch.get_rng_state(),
         }
@@ -663,6 +743,7 @@ class Run:
             state["cuda_rng"] = torch.cuda.get_rng_state(self.args.device)
         write_torch(self.out / "checkpoint.pt", state)
         self._write_metrics()
+        self.saved = time.monotonic()
 
     def _write_metrics(self):
         write_text(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -675,7 +756,10 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.epoch, self.step, self.rows = state["epoch"], state["step"], state["rows"]
             self.best = state["best"]
-            self.extra = {key: value.to(self.args.device) for key, value in state["extra"].items()}
+            self.extra, self.sums = (
+                {key: value.to(self.args.device) for key, value in state[name].items()} for name in ("extra", "sums")
+            )
+            self.seconds = state["seconds"]
             torch.set_rng_state(state["rng"])
             if self.args.device.startswith("cuda") and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.args.device)

@@ -52,7 +52,7 @@ def main():
 
     eps, alpha = args.eps / 255, args.alpha / 255
     for epoch in run.epochs():
-        for x, y in data.batches(epoch, args.batch_size, args.seed):
+        for x, y in data.batches(epoch, args.batch_size, args.seed, run.done):
             run.set_lr()
             with common.autocast(args):
                 x_adv = fgsm(model, x, y, eps, alpha)

@@ -48,8 +48,8 @@ def main():
     eps = args.eps / 255
     delta = run.extra.get("delta", 0)
     for epoch in run.epochs():
-        for x, y in data.batches(epoch, args.batch_size, args.seed):
-            for _ in range(args.replays):
+        for x, y in data.batches(epoch, args.batch_size, args.seed, run.done):
+            for _ in range(run.step % args.replays, args.replays):
                 run.set_lr()
                 x_adv = (x + delta).clamp(0, 1).requires_grad_()
                 with common.autocast(args):
@@ -57,10 +57,9 @@ def main():
                     loss = F.cross_entropy(logits, y)
                 optimizer.zero_grad()
                 loss.backward()
-                delta = free(x, x_adv.detach(), x_adv.grad, eps)
+                delta = run.extra["delta"] = free(x, x_adv.detach(), x_adv.grad, eps)
                 optimizer.step()
                 run.count(loss, logits, y)
-        run.extra["delta"] = delta
         run.end_epoch()
     run.finish()
 

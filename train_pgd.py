@@ -60,7 +60,7 @@ def main():
 
     eps, alpha = args.eps / 255, args.alpha / 255
     for epoch in run.epochs():
-        for x, y in data.batches(epoch, args.batch_size, args.seed):
+        for x, y in data.batches(epoch, args.batch_size, args.seed, run.done):
             run.set_lr()
             with common.autocast(args):
                 x_adv = pgd(model, x, y, eps, alpha, args.steps, args.init)

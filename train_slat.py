@@ -85,7 +85,7 @@ def main():
 
     eps = args.eps / 255
     for epoch in run.epochs():
-        for x, y in data.batches(epoch, args.batch_size, args.seed):
+        for x, y in data.batches(epoch, args.batch_size, args.seed, run.done):
             run.set_lr()
             with common.autocast(args):
                 x_adv, delta = slat(model, x, y, eps, args.layers, args.eta * eps, args.input_step * eps)

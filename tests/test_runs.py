@@ -1,6 +1,7 @@
 """What a run leaves behind, what resumes it, and what each mistake says."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -135,6 +136,83 @@ def assert_same_run(a, b):
     assert rows(a) == rows(b)
     for file in ("model.pt", "best.pt", "checkpoint.pt"):
         assert_same(load_file(a / file), load_file(b / file))
+
+
+def send_at(step, number, times=1):
+    """An optimiser step that sends this process signals after it was made for the step-th time."""
+    original, made = torch.optim.SGD.step, []
+
+    def patched(self, *args, **kwargs):
+        made.append(1)
+        result = original(self, *args, **kwargs)
+        if len(made) == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return result
+
+    return patched
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_sigterm_ends_after_the_step_and_a_resume_goes_on_there(cli, tmp_path, monkeypatch, name):
+    flags = f"{SMALL} --epochs 2 --limit-train 64 --out"
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert cli(SCRIPTS[name], f"{flags} {whole}")[0] == 0
+    step = int(1.5 * epoch_steps(whole)) + (3 if name == "free" else 0)  # of Free-AT: between two replays
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", send_at(step, signal.SIGTERM))
+        code, out, _ = cli(SCRIPTS[name], f"{flags} {stopped} --overwrite")
+    assert code == 143 and f"stopped  by SIGTERM after step {step:,} of" in out
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    command = out.splitlines()[-1].split()
+    assert command[:2] == ["python", f"{SCRIPTS[name].__name__}.py"] and command[-1] == "--resume"
+    code, out, _ = cli(SCRIPTS[name], " ".join(command[2:]))
+    assert code == 0 and "resumed  after epoch 1 of 2 and" in out
+    assert_same_run(whole, stopped)
+
+
+def test_ctrl_c_while_accuracies_are_measured_and_twice(cli, tmp_path, monkeypatch):
+    flags = f"{SMALL} --epochs 2 --out"
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert cli(train_slat, f"{flags} {whole}")[0] == 0
+    plain = common.monitor
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "monitor", interrupted)
+        code, out, _ = cli(train_slat, f"{flags} {stopped}")
+        assert code == 130 and "after step 4 of 8" in out
+    assert rows(stopped) == []
+    with monkeypatch.context() as patch:  # the second one does not wait for the step's end
+        patch.setattr(torch.optim.SGD, "step", send_at(2, signal.SIGINT, times=2))
+        code, _, err = cli(train_slat, f"{flags} {stopped} --resume")
+        assert code == 130 and err.count("\n") == 1
+    assert len(rows(stopped)) == 1
+    assert cli(train_slat, f"{flags} {stopped} --resume")[0] == 0
+    assert_same_run(whole, stopped)
+
+
+@pytest.mark.parametrize("name", ["slat", "free"])
+def test_checkpoints_inside_an_epoch(cli, tmp_path, monkeypatch, name):
+    """Saved after every step, stopped dead in the third epoch, and it goes on at that step."""
+    flags = f"{SMALL} --epochs 3 --limit-train 64 --checkpoint-minutes 0 --out"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert cli(SCRIPTS[name], f"{flags} {whole} --checkpoint-minutes 99")[0] == 0
+    made = int(2.5 * epoch_steps(whole))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", stop_after(made))
+        assert cli(SCRIPTS[name], f"{flags} {killed}")[0] == 130
+    assert load_file(killed / "checkpoint.pt")["step"] == made
+    counted = []
+    original = common.Run.count
+    monkeypatch.setattr(common.Run, "count", lambda self, *args: (counted.append(1), original(self, *args)))
+    assert cli(SCRIPTS[name], f"{flags} {killed} --resume")[0] == 0
+    assert len(counted) == 3 * epoch_steps(whole) - made
+    assert_same_run(whole, killed)
 
 
 def test_sigkill_and_resume_is_uninterrupted(cli, tmp_path):

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +247,31 @@ def to_float(images):
     return images.permute(0, 3, 1, 2).float().div_(255)
 
 
+def read_npz(path, names):
+    """Those of the named arrays that an .npz has. Headers are checked before anything is unpacked.
+
+    ValueError for a file that is small and would fill the memory; whatever zipfile and numpy raise for a damaged one.
+    """
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        unpacked = sum(members[name].file_size for name in names if name in members)
+        if unpacked > max(100 * path.stat().st_size, 64e6):
+            raise ValueError(f"{path.stat().st_size / 1e6:.1f} MB that unpack to {unpacked / 1e9:.1f} GB")
+        for name in names:
+            if name not in members:
+                continue
+            with archive.open(members[name]) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            if math.prod(shape) * dtype.itemsize > members[name].file_size:
+                raise ValueError(f"{name} is shorter than its header says")
+            with archive.open(members[name]) as file:
+                arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays
+
+
 def load_arrays(name, data_dir):
     """(arrays, classes) of a data set: cifar10, cifar100 or the path of an .npz."""
     if name in ("cifar10", "cifar100"):
@@ -265,9 +291,9 @@ def load_arrays(name, data_dir):
     if not path.is_file():
         fail(f"no data set {name!r}: give cifar10, cifar100 or the path of an .npz")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("train_x", "train_y", "test_x", "test_y")}
-            classes = [str(c) for c in file["classes"]] if "classes" in file else None
+        arrays = read_npz(path, ("train_x", "train_y", "test_x", "test_y", "classes"))
+        classes = [str(c) for c in arrays.pop("classes")] if "classes" in arrays else None
+        arrays["train_x"], arrays["train_y"], arrays["test_x"], arrays["test_y"]
     except Exception as error:  # zipfile, zlib, struct, numpy: whatever a damaged file makes them raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         fail(f"{path} is no data set, it needs train_x, train_y, test_x, test_y ({reason})")
@@ -280,6 +306,8 @@ def load_arrays(name, data_dir):
     if arrays["train_x"].shape[1:] != arrays["test_x"].shape[1:]:
         fail(f"{path}: train_x and test_x hold images of different sizes")
     count = max(int(arrays["train_y"].max()) + 1, 2)
+    if count > max(len(arrays["train_y"]), 1000):
+        fail(f"{path}: label {count - 1} in train_y, but there are only {len(arrays['train_y'])} images")
     for split in ("train", "test"):
         y = arrays[f"{split}_y"]
         if y.min() < 0 or y.max() >= count:
@@ -310,7 +338,7 @@ def load_test_data(args, num_classes):
         folder = run_folder(args.run)
         try:
             args.dataset = json.loads((folder / "config.json").read_text())["dataset"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             fail(f"no config.json in {folder} says what data to use: give --dataset")
     arrays, classes = load_arrays(args.dataset, args.data_dir)
     if arrays["test_y"].max() >= num_classes:
@@ -520,6 +548,8 @@ class Run:
             try:
                 before = json.loads((out / "config.json").read_text())
             except ValueError:
+                before = None
+            if not isinstance(before, dict):
                 fail(f"{out}/config.json is damaged: --overwrite starts the run anew")
             for key in sorted(config, key=lambda key: key != "method"):
                 if key not in FREE_FLAGS and before.get(key) != config[key]:
@@ -759,10 +789,15 @@ class Run:
             self.extra, self.sums = (
                 {key: value.to(self.args.device) for key, value in state[name].items()} for name in ("extra", "sums")
             )
-            self.seconds = state["seconds"]
+            self.seconds = float(state["seconds"])
+            made = self.step - self.epoch * self.steps_per_epoch
+            if not (len(self.rows) == self.epoch <= self.args.epochs and 0 <= made <= self.steps_per_epoch):
+                raise ValueError(f"step {self.step} is not in epoch {self.epoch + 1}")
+            for row in self.rows:
+                float(row["seconds"] + row["monitor_seconds"]), row["warning"]
             torch.set_rng_state(state["rng"])
             if self.args.device.startswith("cuda") and "cuda_rng" in state:
                 torch.cuda.set_rng_state(state["cuda_rng"], self.args.device)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             fail(f"{path} does not fit this run ({str(error).split(chr(10))[0]})")
         self._write_metrics()

@@ -108,6 +108,8 @@ def make_parser(doc):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the network")
+    help = "on CUDA the same command gives the same weights, as it always does on a CPU; slower kernels"
+    add("--deterministic", action="store_true", help=help)
     add("--monitor", type=number(int, 1), default=1000, metavar="N", help="images for the accuracies after an epoch")
     add("--out", metavar="DIR", help="run folder (default: runs/METHOD_DATASET_epsEPS_seedSEED)")
     add("--checkpoint-minutes", type=number(float, 0), default=10.0, help="save this often inside an epoch too")
@@ -123,6 +125,9 @@ def parse(parser):
         parser.error(f"argument --depth: {args.depth} is not 6n + 4: 10, 16, 22, 28, 34, 40, ...")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with a run and --overwrite replaces it: give one of them")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
     args.device = str(find_device(args.device))
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(args.device) else "fp32"

@@ -230,6 +230,24 @@ def test_sigkill_and_resume_is_uninterrupted(cli, tmp_path):
     assert_same_run(whole, killed)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
+def test_random_kills(tmp_path):
+    """The short version of faults.py."""
+    command = [sys.executable, "tests/faults.py", "--kills", "3", "--only", "slat,evaluation"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert out.count("all as uninterrupted") == 2
+
+
+def test_deterministic_algorithms_are_asked_for(cli, tmp_path):
+    try:
+        assert cli(train_slat, f"{SMALL} --epochs 1 --deterministic --out {tmp_path / 'a'}")[0] == 0
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert cli(train_slat, f"{SMALL} --epochs 1 --out {tmp_path / 'b'}")[0] == 0
+    assert_same(load_file(tmp_path / "a/model.pt"), load_file(tmp_path / "b/model.pt"))
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(cli, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
@@ -282,6 +300,27 @@ BAD_FLAGS = [
     ("--resume --overwrite", "--overwrite"),
     ("--seed -1", "--seed"),
     ("--frobnicate", "--frobnicate"),
+    ("--eps", "expected one argument"),
+    ("--eps 1e400", "inf is out of range"),
+    ("--limit-train 0", "--limit-train"),
+    ("--monitor 0", "--monitor"),
+    ("--weight-decay -1", "--weight-decay"),
+    ("--dropout -0.1", "--dropout"),
+    ("--checkpoint-minutes -1", "--checkpoint-minutes"),
+    ("--seed 9999999999", "--seed"),
+    ("--alpha 300", "--alpha"),
+    ("extra", "unrecognized arguments: extra"),
+]
+BAD_OWN_FLAGS = [
+    ("fgsm_rs", "--alpha 511", "--alpha"),
+    ("n_fgsm", "--noise -1", "--noise"),
+    ("fgsm_ckpt", "--checkpoints 0", "--checkpoints"),
+    ("fgsm_ga", "--ga-lambda -1", "--ga-lambda"),
+    ("free", "--replays 0", "--replays"),
+    ("yopo", "--outer 0", "--outer"),
+    ("yopo", "--inner 1.5", "--inner"),
+    ("pgd", "--steps 0", "--steps"),
+    ("pgd", "--init random", "--init"),
 ]
 BAD_SLAT_FLAGS = [
     ("--layers 0,conv9", "'conv9' is unknown"),
@@ -295,7 +334,7 @@ BAD_SLAT_FLAGS = [
 
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
-    [("fgsm", *case) for case in BAD_FLAGS] + [("slat", *case) for case in BAD_FLAGS[:2] + BAD_SLAT_FLAGS],
+    [("fgsm", *case) for case in BAD_FLAGS] + [("slat", *case) for case in BAD_SLAT_FLAGS] + BAD_OWN_FLAGS,
 )
 def test_bad_flags_are_one_line_and_write_nothing(cli, tmp_path, script, flags, message):
     code, _, err = cli(SCRIPTS[script], f"--dataset {TINY} --out {tmp_path / 'run'} {flags}")

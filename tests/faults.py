@@ -1,0 +1,183 @@
+"""Kill training runs and evaluations at random moments, resume them, and compare with what was never killed.
+
+    python tests/faults.py --kills 50          SIGKILL, 50 times each for SLAT, Free-AT, YOPO and an evaluation
+
+Every write is slowed down, so that many a kill lands inside one. Weights, optimiser, metrics.jsonl and verdicts
+must be those of the uninterrupted run, bit for bit, with no epoch missing or doubled. The suite runs a short version.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+
+import torch
+
+import common
+import eval_attacks
+from wrn import load_file
+
+TRAIN = (
+    "--dataset data/cifar10_tiny.npz --depth 10 --width 1 --limit-train 128 --batch-size 32 --monitor 16 --device cpu "
+    "--checkpoint-minutes 0"
+)
+CLOCKS = {"seconds", "images_per_second", "monitor_seconds"}  # what differs between two equal runs
+
+
+class SlowFile:
+    """A file whose content arrives in pieces."""
+
+    def __init__(self, *args):
+        self.file = open(*args)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, content):
+        for i in range(8):
+            self.file.write(content[i * len(content) // 8 : (i + 1) * len(content) // 8])
+            self.file.flush()
+            time.sleep(0.002)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def child(script, arguments):
+    """Run a script in a fork of this process, which has torch imported: its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        torch.set_num_threads(1)
+        common.open = SlowFile
+        eval_attacks.SAVE_EVERY = 0
+        sys.argv = [script, *arguments.split()]
+        common.launch(importlib.import_module(script.removesuffix(".py")).main)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    finally:
+        os._exit(code)
+
+
+def warm_up(folder):
+    """Train and evaluate once in this process, so that its forks begin with every module imported."""
+    torch.set_num_threads(1)
+    stdout, sys.stdout = sys.stdout, open(os.devnull, "w")
+    for method in ("slat", "free", "yopo"):
+        sys.argv = [f"train_{method}.py", *f"{TRAIN} --epochs 1 --out {folder}/warm-{method}".split()]
+        importlib.import_module(f"train_{method}").main()
+    sys.argv = ["eval_attacks.py", *f"{folder}/warm-slat --n 20 --steps 1 --restarts 1".split()]
+    eval_attacks.main()
+    sys.stdout = stdout
+
+
+def kill_until_done(script, first, again, folder, dice, longest):
+    """Start with `first`, kill, start with `again`, kill, ... to the end: (kills, of them inside a write)."""
+    kills, inside, arguments = 0, 0, first
+    while True:
+        pid = child(script, arguments)
+        end = time.monotonic() + dice.uniform(0.02, longest)
+        done = 0
+        while time.monotonic() < end and not done:
+            time.sleep(0.003)
+            done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0, f"{script} {arguments} ended with {status}"
+            return kills, inside
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        kills, inside = kills + 1, inside + any(folder.glob("*.new"))
+        if (folder / "config.json").exists() or not again.endswith("--resume"):
+            arguments = again
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a.keys() - CLOCKS)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def compare_runs(a, b, epochs):
+    for name in ("model.pt", "best.pt", "checkpoint.pt"):
+        assert same(load_file(a / name), load_file(b / name)), f"{b / name} differs from {a / name}"
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (a, b)]
+    assert [row["epoch"] for row in rows[1]] == list(range(1, epochs + 1)) and same(*rows)
+    assert not list(b.glob("*.new")), "a half-written file is left"
+
+
+def wait(pid):
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def train_faults(method, kills, folder, epochs=4, seed=0, longest=0.8):
+    """Train with that many kills or more, run after run with seeds 0, 1, ...: (kills, inside a write, runs)."""
+    dice, total, inside, runs = random.Random(seed), 0, 0, 0
+    while total < kills:
+        flags = f"{TRAIN} --epochs {epochs} --seed {runs}"
+        whole, killed = folder / f"{method}{runs}", folder / f"{method}{runs}-killed"
+        wait(child(f"train_{method}.py", f"{flags} --out {whole}"))
+        killed.mkdir()
+        first = f"{flags} --out {killed}"
+        more, within = kill_until_done(f"train_{method}.py", first, f"{first} --resume", killed, dice, longest)
+        compare_runs(whole, killed, epochs)
+        total, inside, runs = total + more, inside + within, runs + 1
+    return total, inside, runs
+
+
+def evaluation_faults(run, kills, folder, seed=0, longest=0.8):
+    """Evaluate with that many kills or more: (kills, inside a write, evaluations)."""
+    dice, total, inside, runs = random.Random(seed), 0, 0, 0
+    while total < kills:
+        here = folder / f"eval{runs}"
+        here.mkdir()
+        flags = f"{run} --attack fgsm,pgd,apgd-ce --steps 10 --restarts 4 --n 60 --batch-size 30 --eps 1 --seed {runs}"
+        flags += " --search-precision bf16"
+        wait(child("eval_attacks.py", f"{flags} --json {here / 'whole.json'} --save-adv {here / 'whole.npz'}"))
+        again = f"{flags} --state {here / 'state'} --json {here / 'killed.json'} --save-adv {here / 'killed.npz'}"
+        more, within = kill_until_done("eval_attacks.py", again, again, here, dice, longest)
+        results = [json.loads((here / f"{name}.json").read_text())["attacks"] for name in ("whole", "killed")]
+        assert results[0] == results[1]
+        assert (here / "whole.npz").read_bytes() == (here / "killed.npz").read_bytes()
+        total, inside, runs = total + more, inside + within, runs + 1
+    return total, inside, runs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="slat,free,yopo,evaluation", help="the evaluation is of slat's first run")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        warm_up(folder)
+        for name in args.only.split(","):
+            start = time.monotonic()
+            if name == "evaluation":
+                kills, inside, runs = evaluation_faults(folder / "slat0", args.kills, folder, args.seed)
+            else:
+                kills, inside, runs = train_faults(name, args.kills, folder, seed=args.seed)
+            print(f"{name:<11}{kills:>4} kills, {inside} of them inside a write, {runs} runs,", end=" ")
+            print(f"all as uninterrupted, {time.monotonic() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""bench.py runs; nothing here asserts a time."""
+
+import json
+
+import pytest
+
+import bench
+from conftest import SMALL
+from train_slat import main as train_slat
+
+TINY_STEPS = "--depth 10 --width 1 --batch-size 4 --rounds 2 --seconds 0 --no-memory --device cpu"
+
+
+def test_every_contestant_makes_a_step(cli, tmp_path):
+    code, out, err = cli(bench, f"{TINY_STEPS} --json {tmp_path / 'bench.json'}")
+    assert code == 0 and not err
+    rows = json.loads((tmp_path / "bench.json").read_text())["result"]["steps"]
+    assert list(rows) == list(bench.METHODS) and rows["standard"]["measured"] == 1
+    assert [round(rows[name]["counted"], 2) for name in ("fgsm", "pgd", "fgsm_ga")] == [1.67, 5.67, 3.67]
+    assert all(row["images_per_second"] > 0 for row in rows.values())
+
+
+def test_peak_memory_is_measured_in_a_process_of_its_own(cli, tmp_path):
+    flags = f"{TINY_STEPS} --only standard --json {tmp_path / 'bench.json'}".replace("--no-memory ", "")
+    assert cli(bench, flags)[0] == 0
+    peak = json.loads((tmp_path / "bench.json").read_text())["result"]["steps"]["standard"]["peak_bytes"]
+    assert 1e6 < peak < 2e9
+
+
+@pytest.mark.parametrize("part", ["data", "evaluation"])
+def test_other_parts(cli, tmp_path, monkeypatch, part):
+    flags = f"--part {part} --rounds 1 --seconds 0 --device cpu --json {tmp_path / 'bench.json'}"
+    if part == "evaluation":
+        monkeypatch.setattr("sys.argv", ["train_slat.py", *f"{SMALL} --epochs 1 --out {tmp_path / 'run'}".split()])
+        train_slat()
+        flags += f" --run {tmp_path / 'run'} --n 4 --attacks pgd"
+    code, out, err = cli(bench, flags)
+    assert code == 0 and not err and "images/s" in out
+    result = json.loads((tmp_path / "bench.json").read_text())["result"]
+    if part == "evaluation":
+        assert result["pgd, plain loop"]["robust"] == result["pgd fp32"]["robust"] == result["pgd bf16"]["robust"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), [("--only sgd", "'sgd' is none of"), ("--part evaluation", "--run"), ("--depth 11", "6n + 4")]
+)
+def test_errors_are_one_line(cli, flags, message):
+    code, _, err = cli(bench, flags)
+    assert code == 2 and err.count("\n") == 1 and message in err

@@ -22,6 +22,7 @@ def test_every_contestant_makes_a_step(cli, tmp_path):
 
 def test_peak_memory_is_measured_in_a_process_of_its_own(cli, tmp_path):
     flags = f"{TINY_STEPS} --only standard --json {tmp_path / 'bench.json'}".replace("--no-memory ", "")
+    flags = flags.replace("--batch-size 4", "--batch-size 256")
     assert cli(bench, flags)[0] == 0
     peak = json.loads((tmp_path / "bench.json").read_text())["result"]["steps"]["standard"]["peak_bytes"]
     assert 1e6 < peak < 2e9

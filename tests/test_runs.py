@@ -301,7 +301,7 @@ BAD_FLAGS = [
     ("--seed -1", "--seed"),
     ("--frobnicate", "--frobnicate"),
     ("--eps", "expected one argument"),
-    ("--eps 1e400", "inf is out of range"),
+    ("--eps 1e400", "1e400 is out of range"),
     ("--limit-train 0", "--limit-train"),
     ("--monitor 0", "--monitor"),
     ("--weight-decay -1", "--weight-decay"),

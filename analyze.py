@@ -318,8 +318,15 @@ def table(args):
         return "not run" if mean is None else f"{mean:.1f}" + (f" ± {std:.1f}" if count > 1 else "")
 
     lines = [
-        "| method | network | epochs | eps | flags | seeds | clean | PGD-50-10 | AutoAttack | minutes | hardware |",
-        "|" + "---|" * 11,
+        "# Results",
+        "",
+        "Made by `analyze.py table` from the JSON files beside it, which have command, seed and versions.",
+        "Per cent, mean ± std over seeds; in brackets what the paper reports for WRN-28-10 after 30 epochs, four seeds.",
+        "PGD-50-10 and AutoAttack on the first n test images. Minutes of training as the clock saw them, with whatever else",
+        "the machine was doing.",
+        "",
+        "| method | network | epochs | eps | flags | seeds | n | clean | PGD-50-10 | AutoAttack | minutes | hardware |",
+        "|" + "---|" * 12,
     ]
     for key, results in sorted(groups.items()):
         method, setup, own, n = json.loads(key)
@@ -332,10 +339,9 @@ def table(args):
         )
         lines.append(
             f"| {METHODS.get(method, (method,))[0]} | WRN-{setup['depth']}-{setup['width']} | {setup['epochs']} "
-            f"| {setup['eps']:g} | {flags} | {len(results)} | {' | '.join(cells)} "
+            f"| {setup['eps']:g} | {flags} | {len(results)} | {n} | {' | '.join(cells)} "
             f"| {cell([r['training']['seconds'] / 60 for r in results])} | {config['hardware']} |"
         )
-    lines += ["", "In brackets: the paper's number, of WRN-28-10 after 30 epochs, four seeds."]
     print("\n".join(lines))
     if args.out:
         common.write_text(f"{args.out}.md", "\n".join(lines) + "\n")

@@ -119,9 +119,9 @@ def test_table_and_figures_of_results(cli, tmp_path):
         (tmp_path / f"{i}.json").write_text(json.dumps(content))
     code, out, err = cli(analyze, f"table {' '.join(files)} --out {tmp_path / 'table'}")
     assert code == 0 and not err and (tmp_path / "table.md").read_text() == out
-    fgsm, other, slat = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:5]]
-    assert fgsm[5:10] == ["2", "61.0 ± 1.0 (87.4)", "32.0 ± 2.0 (0.0)", "not run (0.0)", "1.5 ± 0.5"]
-    assert sorted([other[4], slat[4]]) == ["", "eta 0.6"] and slat[6] in ("50.0 (85.9)", "52.0 (85.9)")
+    fgsm, other, slat = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[-3:]]
+    assert fgsm[5:11] == ["2", "100", "61.0 ± 1.0 (87.4)", "32.0 ± 2.0 (0.0)", "not run (0.0)", "1.5 ± 0.5"]
+    assert sorted([other[4], slat[4]]) == ["", "eta 0.6"] and slat[7] in ("50.0 (85.9)", "52.0 (85.9)")
     code, out, err = cli(analyze, f"eta {' '.join(files)} --out {tmp_path / 'eta'}")
     assert code == 0 and written(tmp_path / "eta") == {
         "SLAT": {"eta": [0.6, 1.0], "pgd-50-10": [32, 31], "autoattack": [29, 28], "clean": [52, 50]}

@@ -318,13 +318,7 @@ def table(args):
         return "not run" if mean is None else f"{mean:.1f}" + (f" ± {std:.1f}" if count > 1 else "")
 
     lines = [
-        "# Results",
-        "",
-        "Made by `analyze.py table` from the JSON files beside it, which have command, seed and versions.",
-        "Per cent, mean ± std over seeds; in brackets what the paper reports for WRN-28-10 after 30 epochs, four seeds.",
-        "PGD-50-10 and AutoAttack on the first n test images. Minutes of training as the clock saw them, with whatever else",
-        "the machine was doing.",
-        "",
+        *RESULTS_HEAD.splitlines(),
         "| method | network | epochs | eps | flags | seeds | n | clean | PGD-50-10 | AutoAttack | minutes | hardware |",
         "|" + "---|" * 12,
     ]
@@ -347,6 +341,14 @@ def table(args):
         common.write_text(f"{args.out}.md", "\n".join(lines) + "\n")
 
 
+RESULTS_HEAD = """\
+# Results
+
+Made by `analyze.py table` from the JSON files beside it, which have command, seed and versions. Per cent, mean ± std over
+seeds; in brackets what the paper reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and AutoAttack on the first
+n test images. Minutes of training as the clock saw them, with whatever else the machine was doing.
+
+"""
 # Methods' own flags and their defaults: what differs from them is shown in the table.
 OWN_FLAGS = {
     "layers": ["0", "conv1", "conv2"],

@@ -345,8 +345,8 @@ RESULTS_HEAD = """\
 # Results
 
 Made by `analyze.py table` from the JSON files beside it, which have command, seed and versions. Per cent, mean ± std
-over seeds; in brackets what the paper reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and AutoAttack on the
-first n test images. Minutes of training as the clock saw them, with whatever else the machine was doing.
+over seeds; in brackets what the paper reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and AutoAttack on
+the first n test images. Minutes of training as the clock saw them, with whatever else the machine was doing.
 
 """
 # Methods' own flags and their defaults: what differs from them is shown in the table.

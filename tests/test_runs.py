@@ -234,7 +234,7 @@ def test_sigkill_and_resume_is_uninterrupted(cli, tmp_path):
 def test_random_kills(tmp_path):
     """The short version of faults.py."""
     command = [sys.executable, "tests/faults.py", "--kills", "3", "--only", "slat,evaluation"]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
     assert out.count("all as uninterrupted") == 2
 
 

@@ -115,7 +115,7 @@ def gradients(model, x, y, names):
     """The loss (B,) and its gradients at the named layers, [(B, C, H, W)]."""
     logits, h = model(x.clone().requires_grad_(), return_features=True)
     loss = F.cross_entropy(logits, y, reduction="none")
-    return loss.detach(), h, torch.autograd.grad(loss.sum(), [h[name] for name in names])
+    return loss.detach(), torch.autograd.grad(loss.sum(), [h[name] for name in names])
 
 
 # ---------------------------------------------------------------- figures of networks
@@ -130,7 +130,7 @@ def landscape(args):
         total = torch.zeros(args.points, args.points)
         generator = torch.Generator().manual_seed(args.seed)
         for part, target in batches(x, y):
-            (adversarial,) = (g.sign() for g in gradients(model, part, target, ["0"])[2])
+            (adversarial,) = (g.sign() for g in gradients(model, part, target, ["0"])[1])
             random = torch.rand(part.shape, generator=generator).to(part).sub(0.5).sign()
             with torch.no_grad():
                 for i, a in enumerate(side / 255):
@@ -156,14 +156,14 @@ def landscape(args):
 
 
 def grad_norm(args):
-    """Mean l1 norm of the loss gradient at every layer's output (Fig. 5); in float32, one image at a time."""
+    """Mean l1 norm of the loss gradient at every layer's output (Fig. 5), of each image alone."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     numbers = {}
     for label, config, model, x, y in networks(args):
         norms = torch.zeros(len(LAYERS))
         for part, target in batches(x, y):
-            found = gradients(model, part, target, LAYERS)[2]
+            found = gradients(model, part, target, LAYERS)[1]
             norms += torch.stack([g.abs().sum((1, 2, 3)).sum().cpu() for g in found])
         numbers[label] = dict(zip(LAYERS, (norms / len(x)).tolist()))
         axis.plot(LAYERS, numbers[label].values(), color=look(config)[1], marker=look(config)[2], label=label)
@@ -184,7 +184,7 @@ def linearity(args):
     for label, config, model, x, y in networks(args):
         errors = {name: torch.zeros(len(side)) for name in names}
         for part, target in batches(x, y):
-            loss, _, found = gradients(model, part, target, names)
+            loss, found = gradients(model, part, target, names)
             for name, g in zip(names, found):
                 for i, size in enumerate(side / 255):
                     with torch.no_grad():
@@ -262,14 +262,14 @@ def read_results(args):
     return results
 
 
-def over_flag(args, flag, xlabel, scale=1.0):
+def over_flag(args, flag, xlabel):
     """Accuracy over a training flag: one line a method, mean over seeds."""
     plt = pyplot()
     groups = {}
     for result in read_results(args):
         config = result["training"]
         if flag in config:
-            groups.setdefault(config["method"], {}).setdefault(config[flag] * scale, []).append(result)
+            groups.setdefault(config["method"], {}).setdefault(config[flag], []).append(result)
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     numbers = {}
     for method, by_value in groups.items():

@@ -270,9 +270,9 @@ def read_npz(path, names):
                 version = np.lib.format.read_magic(file)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, _, dtype = read(file)
-            if math.prod(shape) * dtype.itemsize > members[name].file_size:
-                raise ValueError(f"{name} is shorter than its header says")
-            with archive.open(members[name]) as file:
+                if math.prod(shape) * dtype.itemsize > members[name].file_size:
+                    raise ValueError(f"{name} is shorter than its header says")
+                file.seek(0)
                 arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
     return arrays
 

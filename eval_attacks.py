@@ -32,14 +32,17 @@ import torch.nn.functional as F
 
 # Computing |x_adv - x| <= eps rounds too: a few units in the last place of a float32 near 1.
 ROUNDING = 5e-7
-# Images at once by default: on a CPU what fits its caches.
-BATCH_SIZE = {"cpu": 64}
 # A search in bfloat16 ends with 1 / AGAIN of its iterations in float32.
 AGAIN = 20
 # Seconds between two calls of `save`: with 10,000 images a state is 250 MB.
 SAVE_EVERY = 60
 
 # ---------------------------------------------------------------- verdicts
+
+
+def default_batch_size(x):
+    """Images at once: on a CPU what fits its caches."""
+    return 64 if x.device.type == "cpu" else 250
 
 
 def logits_at(model, point):
@@ -51,7 +54,7 @@ def logits_at(model, point):
 def outputs(model, x, batch_size=None):
     """Logits (N, classes) of images x (N, C, H, W), computed in float32 whatever autocast is on outside."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return torch.cat([logits_at(model, part) for part in x.split(batch_size or BATCH_SIZE.get(x.device.type, 250))])
+        return torch.cat([logits_at(model, part) for part in x.split(batch_size or default_batch_size(x))])
 
 
 def predict(model, x, batch_size=None):
@@ -129,6 +132,11 @@ def per_image(values):
     return values.view(-1, 1, 1, 1)
 
 
+def again_in_float32(length):
+    """Iterations in float32 after `length` of them in bfloat16."""
+    return math.ceil(length / AGAIN)
+
+
 def bounds(x, eps):
     """The lowest and the highest point within eps of x and within [0, 1]; clamping to them projects."""
     return (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
@@ -201,7 +209,7 @@ def search(
     """
     if not len(x):
         return torch.ones_like(y, dtype=torch.bool), x.clone()
-    batch_size = batch_size or BATCH_SIZE.get(x.device.type, 250)
+    batch_size = batch_size or default_batch_size(x)
     logits = outputs(model, x, batch_size)
     robust = logits.argmax(1) == y
     ranking = logits.scatter(1, y[:, None], math.inf).argsort(1, descending=True)  # y, then the others, best first
@@ -211,7 +219,7 @@ def search(
     x_adv = x.clone()
     fp32, bf16 = (functools.partial(torch.autocast, x.device.type, torch.bfloat16, enabled=e) for e in (False, True))
     contexts = {None: [contextlib.nullcontext], "fp32": [fp32], "bf16": [bf16, fp32]}[precision]
-    ends = [attack.length, attack.length + math.ceil(attack.length / AGAIN)][: len(contexts)]
+    ends = [attack.length, attack.length + again_in_float32(attack.length)][: len(contexts)]
     sets = [{} for _ in ends]  # with bf16: the rows in bfloat16, and those in float32 after it
     begun, done, saved = 0, 0, time.monotonic()
     if resume:
@@ -335,7 +343,7 @@ class Apgd:
         self.length = steps + 1
         # window[i]: 0, or how many iterations ago the last checkpoint was if there is one after iteration i.
         # The second part is for the float32 iterations after a bfloat16 search.
-        more = math.ceil(self.length / AGAIN)
+        more = again_in_float32(self.length)
         self.window = torch.zeros(self.length + more, dtype=torch.long)
         for begin, count in ((0, steps), (self.length, more - 1)):
             at = checkpoints(count)
@@ -479,7 +487,7 @@ class Square:
     def __init__(self, queries, p, restarts, shape, seed):
         self.length = queries
         # Where query i of a restart puts its square and which colours it has, the same for all images.
-        total = queries + math.ceil(queries / AGAIN)
+        total = queries + again_in_float32(queries)
         self.random = torch.rand(restarts, total, 2 + shape[0], generator=torch.Generator().manual_seed(seed))
         share = [p / 2 ** sum(i > h for h in self.halvings) for i in range(total)]
         self.side = torch.tensor([max(round(math.sqrt(v * shape[1] * shape[2])), 1) for v in share])

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 
 # One thread: what the tests compute is too small for two, and runs in other processes must match bit for bit.
@@ -67,6 +68,13 @@ def cli(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+def train(method, epochs, out):
+    """A small run of a method in a process of its own; the folder that it leaves."""
+    command = [sys.executable, f"train_{method}.py", *SMALL.split(), "--epochs", str(epochs), "--out", str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return out
 
 
 EPS = 8 / 255

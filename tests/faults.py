@@ -17,20 +17,16 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 import torch
 
 import common
 import eval_attacks
-from wrn import load_file
+from conftest import SMALL
+from test_runs import assert_same_run, rows
 
-TRAIN = (
-    "--dataset data/cifar10_tiny.npz --depth 10 --width 1 --limit-train 128 --batch-size 32 --monitor 16 --device cpu "
-    "--checkpoint-minutes 0"
-)
-CLOCKS = {"seconds", "images_per_second", "monitor_seconds"}  # what differs between two equal runs
+TRAIN = f"{SMALL} --checkpoint-minutes 0"
 
 
 class SlowFile:
@@ -107,19 +103,9 @@ def kill_until_done(script, first, again, folder, dice, longest):
             arguments = again
 
 
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a.keys() - CLOCKS)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def compare_runs(a, b, epochs):
-    for name in ("model.pt", "best.pt", "checkpoint.pt"):
-        assert same(load_file(a / name), load_file(b / name)), f"{b / name} differs from {a / name}"
-    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (a, b)]
-    assert [row["epoch"] for row in rows[1]] == list(range(1, epochs + 1)) and same(*rows)
+    assert_same_run(a, b)
+    assert [row["epoch"] for row in rows(b)] == list(range(1, epochs + 1))
     assert not list(b.glob("*.new")), "a half-written file is left"
 
 

@@ -5,8 +5,7 @@ import json
 import pytest
 
 import bench
-from conftest import SMALL
-from train_slat import main as train_slat
+from conftest import train
 
 TINY_STEPS = "--depth 10 --width 1 --batch-size 4 --rounds 2 --seconds 0 --no-memory --device cpu"
 
@@ -29,12 +28,10 @@ def test_peak_memory_is_measured_in_a_process_of_its_own(cli, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["data", "evaluation"])
-def test_other_parts(cli, tmp_path, monkeypatch, part):
+def test_other_parts(cli, tmp_path, part):
     flags = f"--part {part} --rounds 1 --seconds 0 --device cpu --json {tmp_path / 'bench.json'}"
     if part == "evaluation":
-        monkeypatch.setattr("sys.argv", ["train_slat.py", *f"{SMALL} --epochs 1 --out {tmp_path / 'run'}".split()])
-        train_slat()
-        flags += f" --run {tmp_path / 'run'} --n 4 --attacks pgd"
+        flags += f" --run {train('slat', 1, tmp_path / 'run')} --n 4 --attacks pgd"
     code, out, err = cli(bench, flags)
     assert code == 0 and not err and "images/s" in out
     result = json.loads((tmp_path / "bench.json").read_text())["result"]

@@ -9,7 +9,7 @@ import torchattacks
 
 import common
 import eval_attacks
-from conftest import EPS, SHORT, SMALL, TINY
+from conftest import EPS, SHORT, TINY, train
 from eval_attacks import is_adversarial, pgd, predict
 from wrn import load_model
 
@@ -113,13 +113,7 @@ def test_nothing_to_attack(trained):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    import subprocess
-    import sys
-
-    out = tmp_path_factory.mktemp("run") / "slat"
-    command = [sys.executable, "train_slat.py", *SMALL.split(), "--epochs", "2", "--out", str(out)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return out
+    return train("slat", 2, tmp_path_factory.mktemp("run") / "slat")
 
 
 def test_command_line(cli, run, tmp_path):

@@ -3,7 +3,6 @@
 import importlib
 import json
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 import analyze
 import sweep
 import toy_2d
-from conftest import SMALL, TINY
+from conftest import TINY, train
 from wrn import LAYERS, load_model
 
 
@@ -21,10 +20,7 @@ from wrn import LAYERS, load_model
 def runs(tmp_path_factory):
     """Folders of a SLAT and an FGSM run."""
     folder = tmp_path_factory.mktemp("runs")
-    for method in ("slat", "fgsm"):
-        command = [sys.executable, f"train_{method}.py", *SMALL.split(), "--epochs", "3", "--out", str(folder / method)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return f"{folder}/slat {folder}/fgsm"
+    return " ".join(str(train(method, 3, folder / method)) for method in ("slat", "fgsm"))
 
 
 def written(name):

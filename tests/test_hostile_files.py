@@ -4,8 +4,6 @@ import io
 import json
 import pickle
 import resource
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 
 import common
 import train_fgsm
-from conftest import SMALL
+from conftest import SMALL, train
 from wrn import WideResNet, load_model
 
 
@@ -96,7 +94,7 @@ def test_wrong_data(tmp_path, capsys, name):
 
 
 def hostile_archives(folder):
-    good = {f"{key}.npy": value for key, value in zip(GOOD, map(lambda a: saved_npy(a), GOOD.values()))}
+    good = {f"{key}.npy": value for key, value in zip(GOOD, map(saved_npy, GOOD.values()))}
     trap = pickle.dumps(Payload(folder / "pwned"))
     yield "a pickle", trap
     yield "a pickle inside", archive(good | {"train_x.npy": trap})
@@ -171,10 +169,7 @@ def test_mutated_data(tmp_path, capsys, changes, compressed):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """The folder of a run of one epoch."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    command = [sys.executable, "train_fgsm.py", *SMALL.split(), "--epochs", "1", "--out", str(folder)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return folder
+    return train("fgsm", 1, tmp_path_factory.mktemp("run") / "run")
 
 
 @quick

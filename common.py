@@ -170,6 +170,7 @@ def has_bf16(device):
 
 
 def autocast(args):
+    """bfloat16 has the exponents of float32: no gradient underflows that would not there, so no loss is scaled."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
@@ -640,7 +641,7 @@ class Run:
 
     def _save_inside_epoch(self):
         """What a resume needs to go on at this very step; then end, if a signal asked for that."""
-        self._check_loss()
+        self._check_loss(weights=True)
         self.seconds = time.perf_counter() - self.start
         self._save_checkpoint()
         if self.signal is not None:
@@ -651,12 +652,14 @@ class Run:
             print(f"         {shlex.join(['python', Path(sys.argv[0]).name, *command, '--resume'])}", flush=True)
             sys.exit(128 + self.signal)
 
-    def _check_loss(self):
-        """End the run if a loss was not finite: what comes after it must not replace the last good checkpoint."""
-        step = int(self.sums["bad_step"])
+    def _check_loss(self, weights=False):
+        """End the run if a loss was not finite, or with weights=True if weights are not: then nothing more is saved."""
+        what, step = "the loss is", int(self.sums["bad_step"])
+        if weights and not step and not all(w.isfinite().all() for w in self.model.state_dict().values()):
+            what, step = "weights are", self.step
         if step:
             fail(
-                f"the loss is not finite, first in epoch {self.epoch + 1} at step {step:,}: try a lower --lr-max; "
+                f"{what} not finite, first seen in epoch {self.epoch + 1} at step {step:,}: try a lower --lr-max; "
                 f"{self.out} keeps its last good checkpoint",
                 1,
             )
@@ -692,7 +695,7 @@ class Run:
 
     def end_epoch(self):
         """Measure, print and save."""
-        self._check_loss()
+        self._check_loss(weights=True)
         loss = float(self.sums["loss"]) / self.steps_per_epoch  # waits for the device
         seconds, seen = time.perf_counter() - self.start, int(self.sums["seen"])
         self.line.show(f"epoch {self.epoch + 1}/{self.args.epochs}: clean, FGSM and PGD-10 accuracy ...")

@@ -226,6 +226,8 @@ def search(
         robust, x_adv, sets = resume["robust"].to(x.device), resume["x_adv"].to(x), resume["sets"]
         sets = [{key: value.to(x.device) for key, value in s.items()} for s in sets]
         begun, done = resume["begun"], resume["done"]
+        if any(len(value) != len(s["image"]) for s in sets for value in s.values()):
+            raise ValueError("rows of an active set do not fit each other")
 
     def size(s):
         return len(s["image"]) if s else 0
@@ -703,7 +705,18 @@ def load_state(args, model, x, y):
         if before[key] != value:
             change = f"{key} was {before[key]} there and is {value} now" if key[0] == "-" else f"{key} were others"
             raise ValueError(f"{args.state} is of another evaluation ({change}): name another file, or delete it")
-    return state
+    try:
+        masks = {name: mask.to(x.device) for name, mask in {**state["survivors"], "robust": state["robust"]}.items()}
+        if any(mask.shape != y.shape or mask.dtype != torch.bool for mask in masks.values()):
+            raise ValueError("verdicts on other images")
+        seconds = {name: float(value) for name, value in state["seconds"].items()}
+        x_adv = state["x_adv"].to(x.device)
+        if x_adv.shape != x.shape or x_adv.dtype != x.dtype or not masks.keys() - {"robust"} <= seconds.keys():
+            raise ValueError("something is missing")
+        robust = masks.pop("robust")
+        return state | {"robust": robust, "x_adv": x_adv, "survivors": masks, "seconds": seconds}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{args.state} is damaged ({error}): delete it to start anew") from None
 
 
 def main():
@@ -749,10 +762,15 @@ def main():
             options |= {"step_size": None if args.step_size is None else args.step_size / 255}
         if name not in state["survivors"]:
             report = common.progress_of_attack(label)
+            options |= {"report": report, "save": save, "resume": state["search"]}
             todo = (correct if args.individual else state["robust"]).nonzero().flatten()
-            found = ATTACKS[name](
-                model, x[todo], y[todo], eps, **options, report=report, save=save, resume=state["search"]
-            )
+            try:
+                found = ATTACKS[name](model, x[todo], y[todo], eps, **options)
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                if options["resume"] is None or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                reason = " ".join(str(error).split())[:200]
+                common.fail(f"cannot go on from {args.state} ({reason}): delete it to start anew")
             survivors = torch.zeros_like(correct).index_put((todo,), found[0])
             broken = state["robust"] & ~survivors
             state["x_adv"][broken] = found[1][broken[todo]]

@@ -1,5 +1,8 @@
+import copy
 import functools
+import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,7 +173,7 @@ def test_autoattack_on_the_command_line(cli, run, tmp_path, short):
 
 
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(cli, run, tmp_path, short, monkeypatch):
-    """Killed at every third save."""
+    """Killed at every second save."""
     flags = f"{run} --attack autoattack --n 40 --batch-size 9 --search-precision bf16"
     whole, state, file, adv = (tmp_path / name for name in ("whole.json", "state.pt", "file.json", "adv.npz"))
     cli(eval_attacks, f"{flags} --json {whole}  --save-adv {adv}")
@@ -182,7 +185,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(cli, run, tmp
     def write(path, content):
         plain(path, content)
         saves.append(path)
-        if len(saves) == 3:
+        if len(saves) == 2:
             raise Killed
 
     monkeypatch.setattr(common, "write_torch", write)
@@ -211,6 +214,47 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(cli, run, tmp
     state.write_bytes(state.read_bytes()[:1000])
     code, _, err = cli(eval_attacks, f"{flags} --state {state}")
     assert code == 2 and "damaged" in err
+
+
+def test_hostile_states(cli, run, tmp_path, short, monkeypatch):
+    """States whose identity is right and whose content is not: one line, and no verdict."""
+    flags = f"{run} --attack apgd-ce,square --n 20 --batch-size 5 --state {tmp_path / 'state'}"
+    plain, kept = common.write_torch, []
+
+    def write(path, content):
+        plain(path, content)
+        kept.append(Path(path).read_bytes())
+
+    monkeypatch.setattr(common, "write_torch", write)
+    assert cli(eval_attacks, flags)[0] == 0
+    inside = torch.load(io.BytesIO(kept[1]), weights_only=True)
+    assert inside["search"]["sets"][0]  # of an attack that was under way
+    monkeypatch.setattr(common, "write_torch", plain)
+    changes = (
+        lambda s: s.pop("robust"),
+        lambda s: s.update(robust=s["robust"][:5]),
+        lambda s: s.update(robust=s["robust"].float()),
+        lambda s: s.update(x_adv=[1]),
+        lambda s: s.update(x_adv=s["x_adv"][:, :1]),
+        lambda s: s.update(survivors=3),
+        lambda s: s.update(survivors={"apgd-ce": s["robust"]}, seconds={}),
+        lambda s: s.update(seconds={"apgd-ce": "long"}),
+        lambda s: s.update(search=5),
+        lambda s: s["search"].pop("sets"),
+        lambda s: s["search"].update(begun="all"),
+        lambda s: s["search"].update(sets=[1]),
+        lambda s: s["search"]["sets"][0].pop("image"),
+        lambda s: s["search"]["sets"][0].update(image=s["search"]["sets"][0]["image"] + 100),
+        lambda s: s["search"]["sets"][0].update(x=torch.zeros(30, 3, 32, 32)),
+    )
+    for number, change in enumerate(changes):
+        state = copy.deepcopy(inside)
+        change(state)
+        torch.save(state, tmp_path / "state")
+        code, _, err = cli(eval_attacks, flags)
+        assert code == 2 and err.count("\n") == 1 and "to start anew" in err, (number, err)
+    torch.save(inside, tmp_path / "state")
+    assert cli(eval_attacks, flags)[0] == 0
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("float32", np.float32), ("uint8", np.uint8)])

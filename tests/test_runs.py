@@ -279,6 +279,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(cli, tm
     assert not (run / "model.pt").exists()
 
 
+@pytest.mark.parametrize("flags", ["", "--checkpoint-minutes 0"])
+def test_weights_that_explode_in_an_epochs_last_step_are_not_saved(cli, tmp_path, monkeypatch, flags):
+    """The losses of that epoch are all finite."""
+    run, plain, made = tmp_path / "run", torch.optim.SGD.step, []
+
+    def step(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        made.append(1)
+        if len(made) == 8:  # of four steps an epoch
+            self.param_groups[0]["params"][0].data[0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    code, _, err = cli(train_fgsm, f"{SMALL} --epochs 3 --out {run} {flags}")
+    assert code == 1 and err.count("\n") == 1 and "weights are not finite, first seen in epoch 2 at step 8" in err
+    for name, step in (("best.pt", None), ("checkpoint.pt", 7 if flags else 4)):
+        state = load_file(run / name)
+        assert all(w.isfinite().all() for w in state["state_dict"].values()) and state.get("step") == step
+
+
 BAD_FLAGS = [
     ("--eps 256", "256 is out of range"),
     ("--eps -1", "-1 is out of range"),
@@ -390,6 +409,25 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(cli, tmp_path, mon
     code, _, err = cli(train_fgsm, f"{SMALL} --epochs 3 --out {run}")
     assert code == 2 and err == f"train_fgsm.py: error: No space left on device: {run}/checkpoint.pt\n"
     assert load_file(run / "checkpoint.pt")["epoch"] == 1 and not list(run.glob("*.new"))
+
+
+def test_a_read_only_folder(cli, tmp_path, monkeypatch):
+    """Where the tests run as root, no chmod stops them: the error comes from a patch."""
+    run = tmp_path / "run"
+
+    def refuse(path, *_, **__):
+        raise OSError(30, "Read-only file system", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        code, _, err = cli(train_fgsm, f"{SMALL} --epochs 1 --out {run}")
+        assert code == 2 and err == f"train_fgsm.py: error: Read-only file system: {run}\n"
+    run.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "open", refuse, raising=False)
+        code, _, err = cli(train_fgsm, f"{SMALL} --epochs 1 --out {run}")
+        assert code == 2 and err == f"train_fgsm.py: error: Read-only file system: {run}/config.json\n"
+    assert not list(run.iterdir())
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])

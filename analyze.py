@@ -36,17 +36,43 @@ METHODS = {
     "yopo": ("YOPO", "#7f7f7f", "<"),
     "pgd": ("PGD-7", "#000000", "*"),
 }
-# Table 1 of the paper, CIFAR-10: clean, PGD-50-10, AutoAttack in per cent.
+# Tables 1, 2 and 3 of the paper, CIFAR-10 at eps 8: clean, PGD-50-10, AutoAttack in per cent.
 PAPER = {
-    "pgd": (84.86, 51.63, 48.65),
-    "fgsm_ga": (82.88, 48.90, 46.22),
-    "yopo": (82.35, 34.23, 32.79),
-    "free": (76.57, 44.15, 41.02),
-    "fgsm": (87.42, 0.01, 0.00),
-    "fgsm_rs": (90.76, 3.90, 0.44),
-    "fgsm_ckpt": (89.32, 40.83, 39.38),
-    "slat": (85.91, 47.06, 44.62),
+    ("pgd", ""): (84.86, 51.63, 48.65),
+    ("fgsm_ga", ""): (82.88, 48.90, 46.22),
+    ("yopo", ""): (82.35, 34.23, 32.79),
+    ("free", ""): (76.57, 44.15, 41.02),
+    ("fgsm", ""): (87.42, 0.01, 0.00),
+    ("fgsm_rs", ""): (90.76, 3.90, 0.44),
+    ("fgsm_ckpt", ""): (89.32, 40.83, 39.38),
+    ("slat", ""): (85.91, 47.06, 44.62),
+    ("fgsm", "alpha 7.2"): (90.87, 3.09, None),
+    ("slat", "init uniform"): (82.87, 44.95, None),
+    ("slat", "layers 0,conv3,conv4"): (84.60, 0.00, 0.00),
+    ("slat", "layers 0,conv1,conv2,conv3,conv4"): (81.41, 47.3, 43.58),
 }
+# The scripts' defaults: a set-up is what differs from them. Those of alpha are multiples of eps.
+DEFAULTS = {
+    "batch_size": 128,
+    "lr_max": 0.2,
+    "weight_decay": 5e-4,
+    "momentum_cycle": True,
+    "limit_train": None,
+    "dropout": 0.3,
+    "layers": ["0", "conv1", "conv2"],
+    "eta": 1.0,
+    "input_step": 0.9,
+    "latent_clamp": True,
+    "init": "zero",
+    "noise": 2.0,
+    "checkpoints": 3,
+    "ga_lambda": 0.2,
+    "replays": 8,
+    "outer": 5,
+    "inner": 3,
+    "steps": 7,
+}
+ALPHA = {"fgsm": 1, "fgsm_ga": 1, "n_fgsm": 1, "fgsm_rs": 1.25, "fgsm_ckpt": 1.25, "yopo": 0.25, "pgd": 0.25}
 PEAK = 0.4  # share of the epochs after which the learning rate is highest
 
 
@@ -255,25 +281,36 @@ def mean_std(values):
 
 
 def read_results(args):
+    """The results that the named files hold, each with its set-up: {flag: value that is not its default}."""
     results = [read_json(path) for path in args.runs]
     for path, result in zip(args.runs, results):
-        if not result.get("training"):
+        if not isinstance(result, dict) or not isinstance(result.get("training"), dict):
             common.fail(f"{path} says nothing of the training: it must come from eval_attacks.py on a run folder")
+        config = result["training"]
+        own = {flag: config[flag] for flag in DEFAULTS if flag in config and config[flag] != DEFAULTS[flag]}
+        if "alpha" in config and abs(config["alpha"] - config["eps"] * ALPHA.get(config["method"], 1)) > 1e-6:
+            own["alpha"] = config["alpha"]
+        result["flags"] = own
     return results
 
 
 def over_flag(args, flag, xlabel):
-    """Accuracy over a training flag: one line a method, mean over seeds."""
+    """Accuracy over a training flag, all others at their defaults: one line a method, mean over seeds."""
     plt = pyplot()
-    groups = {}
+    groups, sizes = {}, set()
     for result in read_results(args):
         config = result["training"]
-        if flag in config:
+        if flag in config and not result["flags"].keys() - {flag}:
             groups.setdefault(config["method"], {}).setdefault(config[flag], []).append(result)
+            sizes.add(f"WRN-{config['depth']}-{config['width']}")
+    if not groups:
+        common.fail(f"none of these results was trained with --{flag} and defaults for the rest")
+    if len(sizes) > 1:
+        common.fail(f"these are results of {' and '.join(sorted(sizes))}: give those of one network")
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     numbers = {}
-    for method, by_value in groups.items():
-        label, colour, marker = METHODS.get(method, (method, "#555555", "."))
+    for method in sorted(groups, key=order):
+        by_value, (label, colour, marker) = groups[method], look({"method": method})
         values = sorted(by_value)
         numbers[label] = {flag: values}
         for key, style, pick in (
@@ -286,8 +323,6 @@ def over_flag(args, flag, xlabel):
             if any(mean is not None for mean in means):
                 points = [(v, m) for v, m in zip(values, means) if m is not None]
                 axis.plot(*zip(*points), style, color=colour, marker=marker, label=label if style == "-" else None)
-    if not numbers:
-        common.fail(f"none of these results was trained with --{flag}")
     axis.set(xlabel=xlabel, ylabel="accuracy (%): PGD-50-10 solid,\nAutoAttack dashed, clean dotted", ylim=(0, 100))
     axis.legend(ncols=2)
     write(args, figure, numbers)
@@ -303,14 +338,19 @@ def eta(args):
     over_flag(args, "eta", "eta (multiples of eps)")
 
 
+def order(method):
+    """Where a method stands in tables and legends."""
+    return list(METHODS).index(method) if method in METHODS else len(METHODS)
+
+
 def table(args):
-    """One row for each set-up, mean and std over its seeds, as Markdown, beside the numbers of the paper's Table 1."""
+    """One row for each set-up, mean and std over its seeds, as Markdown, beside the numbers of the paper's tables."""
     groups = {}
     for result in read_results(args):
         config = result["training"]
-        setup = {key: config[key] for key in ("depth", "width", "epochs", "eps", "dropout")}
-        own = {key: config[key] for key in sorted(config) if key in OWN_FLAGS}
-        key = json.dumps([config["method"], setup, own, result["n"]])
+        flags = ", ".join(f"{k} {','.join(v) if isinstance(v, list) else v}" for k, v in result["flags"].items())
+        network = (config["depth"], config["width"])
+        key = (network, config["eps"], order(config["method"]), config["method"], flags, config["epochs"], result["n"])
         groups.setdefault(key, []).append(result)
 
     def cell(values):
@@ -319,22 +359,18 @@ def table(args):
 
     lines = [
         *RESULTS_HEAD.splitlines(),
-        "| method | network | epochs | eps | flags | seeds | n | clean | PGD-50-10 | AutoAttack | minutes | hardware |",
+        "| method | flags | network | epochs | eps | seeds | n | clean | PGD-50-10 | AutoAttack | minutes | hardware |",
         "|" + "---|" * 12,
     ]
     for key, results in sorted(groups.items()):
-        method, setup, own, n = json.loads(key)
-        config = results[0]["training"]
-        paper = PAPER.get(method, (None, None, None)) if setup["eps"] == 8 else (None, None, None)
+        (depth, width), size, _, method, flags, epochs, n = key
+        paper = PAPER.get((method, flags)) if size == 8 else None
         columns = [[r["clean"] for r in results], *zip(*[robust_under(r) for r in results])]
-        cells = [cell(c) + (f" ({p:.1f})" if p is not None else "") for c, p in zip(columns, paper)]
-        flags = ", ".join(
-            f"{k} {','.join(v) if isinstance(v, list) else v}" for k, v in own.items() if v != OWN_FLAGS[k]
-        )
+        cells = [cell(c) + (f" ({p:.1f})" if p is not None else "") for c, p in zip(columns, paper or [None] * 3)]
+        hardware = ", ".join(sorted({r["training"]["hardware"] for r in results}))
         lines.append(
-            f"| {METHODS.get(method, (method,))[0]} | WRN-{setup['depth']}-{setup['width']} | {setup['epochs']} "
-            f"| {setup['eps']:g} | {flags} | {len(results)} | {n} | {' | '.join(cells)} "
-            f"| {cell([r['training']['seconds'] / 60 for r in results])} | {config['hardware']} |"
+            f"| {look({'method': method})[0]} | {flags} | WRN-{depth}-{width} | {epochs} | {size:g} | {len(results)} "
+            f"| {n} | {' | '.join(cells)} | {cell([r['training']['seconds'] / 60 for r in results])} | {hardware} |"
         )
     print("\n".join(lines))
     if args.out:
@@ -349,16 +385,6 @@ over seeds; in brackets what the paper reports for WRN-28-10 after 30 epochs, fo
 the first n test images. Minutes of training as the clock saw them, with whatever else the machine was doing.
 
 """
-# Methods' own flags and their defaults: what differs from them is shown in the table.
-OWN_FLAGS = {
-    "layers": ["0", "conv1", "conv2"],
-    "eta": 1.0,
-    "input_step": 0.9,
-    "init": "zero",
-    "latent_clamp": True,
-    "momentum_cycle": True,
-    "limit_train": None,
-}
 
 
 def main():
@@ -401,7 +427,10 @@ def main():
         parser.error(f"argument --out: no folder {Path(args.out).absolute().parent}")
     if "device" in args:
         args.device = common.find_device(args.device)
-    args.function(args)
+    try:
+        args.function(args)
+    except (KeyError, TypeError, AttributeError) as error:  # of a config.json, metrics.jsonl or result
+        common.fail(f"{', '.join(args.runs)}: a file is damaged, or not of this version ({error})")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """toy_2d.py, analyze.py and sweep.py: their numbers, their files, and that what they print can be run."""
 
+import argparse
 import importlib
 import json
 import shlex
@@ -102,12 +103,29 @@ def result(method, seed, clean, pgd, autoattack=None, **flags):
     return {"clean": clean, "attacks": attacks, "n": 100, "training": config}
 
 
+def test_the_defaults_are_those_of_the_scripts(cli, monkeypatch, tmp_path):
+    seen = set()
+    for method in analyze.METHODS:
+        monkeypatch.setattr(sys, "argv", [f"train_{method}.py", "--eps", "4"])
+        config = vars(importlib.import_module(f"train_{method}").parse_args())
+        path = tmp_path / f"{method}.json"
+        path.write_text(json.dumps({"training": config}))
+        (found,) = analyze.read_results(argparse.Namespace(runs=[path]))
+        assert found["flags"] == {}, method
+        seen |= config.keys() & analyze.DEFAULTS.keys()
+    assert seen == analyze.DEFAULTS.keys()
+
+
 def test_table_and_figures_of_results(cli, tmp_path):
+    layers = ["0", "conv1", "conv2"]
     results = [
-        result("fgsm", 0, 60.0, 30.0),
-        result("fgsm", 1, 62.0, 34.0),
-        result("slat", 0, 50.0, 31.0, 28.0, layers=["0", "conv1", "conv2"], eta=1.0),
-        result("slat", 0, 52.0, 32.0, 29.0, layers=["0", "conv1", "conv2"], eta=0.6),
+        result("fgsm", 0, 60.0, 30.0, alpha=8.0),
+        result("fgsm", 1, 62.0, 34.0, alpha=8.0),
+        result("slat", 0, 50.0, 31.0, 28.0, layers=layers, eta=1.0),
+        result("slat", 0, 52.0, 32.0, 29.0, layers=layers, eta=0.6),
+        result("slat", 0, 20.0, 1.0, layers=["0", "conv3", "conv4"], eta=1.0, latent_clamp=False),
+        result("fgsm", 0, 61.0, 20.0, alpha=7.2, dropout=0),
+        result("fgsm", 0, 61.0, 20.0, alpha=7.2),
     ]
     files = []
     for i, content in enumerate(results):
@@ -115,17 +133,46 @@ def test_table_and_figures_of_results(cli, tmp_path):
         (tmp_path / f"{i}.json").write_text(json.dumps(content))
     code, out, err = cli(analyze, f"table {' '.join(files)} --out {tmp_path / 'table'}")
     assert code == 0 and not err and (tmp_path / "table.md").read_text() == out
-    fgsm, other, slat = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[-3:]]
-    assert fgsm[5:11] == ["2", "100", "61.0 ± 1.0 (87.4)", "32.0 ± 2.0 (0.0)", "not run (0.0)", "1.5 ± 0.5"]
-    assert sorted([other[4], slat[4]]) == ["", "eta 0.6"] and slat[7] in ("50.0 (85.9)", "52.0 (85.9)")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[-6:]]
+    assert [row[:2] for row in rows] == [
+        ["SLAT", ""],
+        ["SLAT", "eta 0.6"],
+        ["SLAT", "layers 0,conv3,conv4, latent_clamp False"],
+        ["FGSM", ""],
+        ["FGSM", "alpha 7.2"],
+        ["FGSM", "dropout 0, alpha 7.2"],
+    ]
+    # The paper's numbers stand beside its own set-ups alone.
+    assert [row[7] for row in rows] == ["50.0 (85.9)", "52.0", "20.0", "61.0 ± 1.0 (87.4)", "61.0 (90.9)", "61.0"]
+    assert rows[3][5:7] == ["2", "100"] and rows[3][8:11] == ["32.0 ± 2.0 (0.0)", "not run (0.0)", "1.5 ± 0.5"]
     code, out, err = cli(analyze, f"eta {' '.join(files)} --out {tmp_path / 'eta'}")
     assert code == 0 and written(tmp_path / "eta") == {
         "SLAT": {"eta": [0.6, 1.0], "pgd-50-10": [32, 31], "autoattack": [29, 28], "clean": [52, 50]}
     }
     code, out, err = cli(analyze, f"eps {' '.join(files)} --out {tmp_path / 'eps'}")
-    assert code == 0 and written(tmp_path / "eps")["FGSM"]["pgd-50-10"] == [32]
-    code, _, err = cli(analyze, f"eta {files[0]} --out {tmp_path / 'eta'}")
-    assert code == 2 and "--eta" in err
+    assert code == 0 and {name: found["pgd-50-10"] for name, found in written(tmp_path / "eps").items()} == {
+        "SLAT": [31],
+        "FGSM": [32],
+    }
+    (tmp_path / "wide.json").write_text(json.dumps(result("fgsm", 0, 80.0, 40.0, alpha=8.0, width=10)))
+    for flags, message in (
+        (f"eta {files[0]}", "--eta"),
+        (f"eps {files[0]} {tmp_path / 'wide.json'}", "WRN-10-10 and WRN-10-2"),
+    ):
+        code, _, err = cli(analyze, f"{flags} --out {tmp_path / 'figure'}")
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"training": {}}', '{"training": {"method": "slat", "eps": "a"}}'])
+def test_damaged_results_are_one_line(cli, tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    for command in ("table", "eps", "eta"):
+        code, _, err = cli(analyze, f"{command} {tmp_path / 'a.json'} --out {tmp_path / 'x'}")
+        assert code == 2 and err.count("\n") == 1 and "a.json" in err or "none of these results" in err
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_text(content)
+    code, _, err = cli(analyze, f"curves {tmp_path} --out {tmp_path / 'x'}")
+    assert code == 2 and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

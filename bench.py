@@ -312,7 +312,7 @@ def evaluation(args):
 
 
 def growth(args):
-    """ms of a SLAT step per image (and unit of work) while one size doubles: flat is as it must be."""
+    """ms of a SLAT step and its GFLOP/s while one size grows; us an image while their number does."""
     rows = {}
     for what, values in (("batch size", (32, 64, 128, 256)), ("width", (1, 2, 4)), ("depth", (10, 16, 28))):
         cells = []
@@ -327,6 +327,30 @@ def growth(args):
             cells.append((value, 1e3 * statistics.median(times["slat"]), 1e-9 / per_flop))
         rows[what] = cells
         print(f"{what:<11}" + "".join(f"{value:>6}: {ms:8.1f} ms {rate:6.1f} GFLOP/s" for value, ms, rate in cells))
+    return rows | growth_with_images(args)
+
+
+def growth_with_images(args):
+    """Microseconds an image that batches, and the bookkeeping of PGD, cost beside a network that costs nothing."""
+    rows = {"batches": [], "attack": []}
+
+    def network(x):
+        return x.mean((2, 3)).repeat(1, 2)[:, :4]
+
+    for n in (1000, 4000, 16000):
+        x, y = batch(args, n)
+        images = (x * 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        arrays = {"train_x": images, "train_y": y.cpu().numpy(), "test_x": images[:1], "test_y": y[:1].cpu().numpy()}
+        loaded = common.Data("random", [], arrays, args.device)
+        functions = {
+            "batches": lambda loaded=loaded: [None for _ in loaded.batches(0, args.batch_size, 0)],
+            # Robust to eps 0: nothing ends early.
+            "attack": lambda x=x: eval_attacks.pgd(network, x, network(x).argmax(1), 0.0, 5, 2, report=lambda *_: None),
+        }
+        for name, times in take_turns(functions, args).items():
+            rows[name].append((n, 1e6 * statistics.median(times) / n))
+    for name, cells in rows.items():
+        print(f"{name:<11}" + "".join(f"{n:>6} images: {micro:8.1f} us an image" for n, micro in cells))
     return rows
 
 

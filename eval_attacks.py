@@ -36,6 +36,8 @@ ROUNDING = 5e-7
 AGAIN = 20
 # Seconds between two calls of `save`: with 10,000 images a state is 250 MB.
 SAVE_EVERY = 60
+# Seconds between two calls of `report`: what is left is a sum over everything to come.
+REPORT_EVERY = 0.2
 
 # ---------------------------------------------------------------- verdicts
 
@@ -204,7 +206,7 @@ def search(
     precision: None searches as autocast is set outside, "fp32" in float32, "bf16" in bfloat16. What bfloat16 leaves
     unbroken is attacked again in float32, from the best point of every trial, for a twentieth of the iterations.
     Points are judged in float32 in any case.
-    report(done, left, robust): iterations of rows so far and at most to come.
+    report(done, left, robust): iterations of rows so far and at most to come; a few times a second, and at the end.
     save(state): called every SAVE_EVERY seconds between two steps; `resume=state` goes on from there.
     """
     if not len(x):
@@ -221,7 +223,7 @@ def search(
     contexts = {None: [contextlib.nullcontext], "fp32": [fp32], "bf16": [bf16, fp32]}[precision]
     ends = [attack.length, attack.length + again_in_float32(attack.length)][: len(contexts)]
     sets = [{} for _ in ends]  # with bf16: the rows in bfloat16, and those in float32 after it
-    begun, done, saved = 0, 0, time.monotonic()
+    begun, done, saved, reported = 0, 0, time.monotonic(), 0.0
     if resume:
         robust, x_adv, sets = resume["robust"].to(x.device), resume["x_adv"].to(x), resume["sets"]
         sets = [{key: value.to(x.device) for key, value in s.items()} for s in sets]
@@ -248,6 +250,8 @@ def search(
             k = len(sets) - 1 if size(sets[-1]) >= batch_size or not size(sets[0]) else 0
             s = sets[k]
             if not size(s):
+                if report:
+                    report(done, 0, robust)
                 return robust, x_adv
             with contexts[k]():
                 candidate, logits = attack.step(model, s)
@@ -274,7 +278,8 @@ def search(
             sets[k] = take(s, ~over)
             if len(rows):
                 sets = [take(s, robust[s["image"]]) if s else s for s in sets]
-            if report:
+            if report and time.monotonic() - reported >= REPORT_EVERY:
+                reported = time.monotonic()
                 ahead = robust[queue[begun:, 0]].sum() * ends[-1]
                 report(done, int(ahead + sum((ends[-1] - s["age"]).sum() for s in sets if s)), robust)
             if save and time.monotonic() - saved >= SAVE_EVERY:

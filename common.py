@@ -1,6 +1,7 @@
 """What every train_*.py needs and a reader of a method does not: flags, data, schedule, run folder, monitor."""
 
 import argparse
+import contextlib
 import copy
 import io
 import json
@@ -441,7 +442,8 @@ def write_file(path, content):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only folder refuses even what is not there
+            new.unlink(missing_ok=True)
 
 
 def write_text(path, text):

@@ -425,6 +425,7 @@ def test_a_read_only_folder(cli, tmp_path, monkeypatch):
     run.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(common, "open", refuse, raising=False)
+        patch.setattr(Path, "unlink", refuse)
         code, _, err = cli(train_fgsm, f"{SMALL} --epochs 1 --out {run}")
         assert code == 2 and err == f"train_fgsm.py: error: Read-only file system: {run}/config.json\n"
     assert not list(run.iterdir())

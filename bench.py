@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -200,7 +201,7 @@ def memory_of(args):
 
 def peak_of_process():
     """Bytes of the most memory this process ever had. Not getrusage: what it says a child has inherited."""
-    for line in open("/proc/self/status"):
+    for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
 

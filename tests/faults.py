@@ -7,6 +7,7 @@ must be those of the uninterrupted run, bit for bit, with no epoch missing or do
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -74,13 +75,12 @@ def child(script, arguments):
 def warm_up(folder):
     """Train and evaluate once in this process, so that its forks begin with every module imported."""
     torch.set_num_threads(1)
-    stdout, sys.stdout = sys.stdout, open(os.devnull, "w")
-    for method in ("slat", "free", "yopo"):
-        sys.argv = [f"train_{method}.py", *f"{TRAIN} --epochs 1 --out {folder}/warm-{method}".split()]
-        importlib.import_module(f"train_{method}").main()
-    sys.argv = ["eval_attacks.py", *f"{folder}/warm-slat --n 20 --steps 1 --restarts 1".split()]
-    eval_attacks.main()
-    sys.stdout = stdout
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        for method in ("slat", "free", "yopo"):
+            sys.argv = [f"train_{method}.py", *f"{TRAIN} --epochs 1 --out {folder}/warm-{method}".split()]
+            importlib.import_module(f"train_{method}").main()
+        sys.argv = ["eval_attacks.py", *f"{folder}/warm-slat --n 20 --steps 1 --restarts 1".split()]
+        eval_attacks.main()
 
 
 def kill_until_done(script, first, again, folder, dice, longest):

@@ -5,6 +5,7 @@ import importlib
 import json
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_figures_of_metrics(cli, runs, tmp_path):
         code, out, err = cli(analyze, f"{command} {runs} --out {tmp_path / command}")
         assert code == 0 and not err
         numbers = written(tmp_path / command)
-        rows = [json.loads(line) for line in open(f"{runs.split()[0]}/metrics.jsonl")]
+        rows = [json.loads(line) for line in Path(f"{runs.split()[0]}/metrics.jsonl").read_text().splitlines()]
         assert numbers["SLAT"][key] == [row[key] for row in rows] and list(numbers) == ["SLAT", "FGSM"]
         assert numbers["SLAT"]["share"] == pytest.approx([1 / 3, 2 / 3, 1])
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import resource
 import zipfile
@@ -130,8 +131,12 @@ def test_hostile_archives(tmp_path, capsys, monkeypatch):
         assert not (tmp_path / "pwned").exists(), name
 
 
-quick = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+# MUTATIONS=5000 pytest tests/test_hostile_files.py tries more of them.
+mutated = settings(
+    max_examples=int(os.environ.get("MUTATIONS", 150)),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 mutations = st.lists(
     st.tuples(st.sampled_from(["flip", "cut", "insert", "zero"]), st.floats(0, 1), st.binary(min_size=1, max_size=8)),
@@ -155,7 +160,7 @@ def mutate(content, changes):
     return bytes(content)
 
 
-@quick
+@mutated
 @given(changes=mutations, compressed=st.booleans())
 def test_mutated_data(tmp_path, capsys, changes, compressed):
     path = tmp_path / "data.npz"
@@ -172,7 +177,7 @@ def checkpoint(tmp_path_factory):
     return train("fgsm", 1, tmp_path_factory.mktemp("run") / "run")
 
 
-@quick
+@mutated
 @given(changes=mutations)
 def test_mutated_weights(checkpoint, tmp_path, changes):
     content = (checkpoint / "model.pt").read_bytes()

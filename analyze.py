@@ -114,23 +114,49 @@ def look(config):
     return METHODS.get(config.get("method"), (config.get("method") or "?", "#555555", "."))
 
 
-def labels(paths, configs):
-    """A run's method; where two share one, the folder's name."""
-    names = [look(config)[0] for config in configs]
-    return [Path(p).name if names.count(name) > 1 else name for p, name in zip(paths, names)]
+def flags_of(config):
+    """{flag: value} of a run where it is not the script's default."""
+    own = {flag: config[flag] for flag in DEFAULTS if flag in config and config[flag] != DEFAULTS[flag]}
+    if "alpha" in config and abs(config["alpha"] - config["eps"] * ALPHA.get(config["method"], 1)) > 1e-6:
+        own["alpha"] = config["alpha"]
+    return own
+
+
+def text_of(flags):
+    def text(value):
+        return ",".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else value
+
+    return ", ".join(f"{flag} {text(value)}" for flag, value in flags.items())
+
+
+def legends(paths, configs):
+    """[(label, line style)] of runs: a method's name, colour and marker, and the flags that the runs do not share.
+
+    Markers are hollow where such a flag is not at its default. Where two runs share all that, the folder's name.
+    """
+    found = [flags_of(config) for config in configs]
+    shared = {k: v for k, v in found[0].items() if all(k in other and other[k] == v for other in found)}
+    labels, styles = [], []
+    for config, flags in zip(configs, found):
+        name, colour, marker = look(config)
+        own = text_of({k: v for k, v in flags.items() if k not in shared})
+        labels.append(f"{name}, {own}" if own else name)
+        styles.append({"color": colour, "marker": marker, "markerfacecolor": "white" if own else colour})
+    labels = [Path(p).name if labels.count(label) > 1 else label for p, label in zip(paths, labels)]
+    return list(zip(labels, styles))
 
 
 def networks(args):
-    """Yield (label, config, network, x, y) of each run: the first n test images that it was trained to know."""
+    """Yield (label, style, network, x, y) of each run: the first n test images that it was trained to know."""
     configs = [read_json(Path(run) / "config.json") for run in args.runs]
-    for run, config, label in zip(args.runs, configs, labels(args.runs, configs)):
+    for run, (label, style) in zip(args.runs, legends(args.runs, configs)):
         try:
             model = load_model(run, args.device)
         except ValueError as error:
             common.fail(error)
         dataset = argparse.Namespace(run=run, dataset=args.dataset, data_dir=args.data_dir, device=args.device)
         x, y = common.load_test_data(dataset, model.arguments["num_classes"]).test(args.n)
-        yield label, config, model.requires_grad_(False), x, y
+        yield label, style, model.requires_grad_(False), x, y
 
 
 def batches(x, y, size=100):
@@ -186,13 +212,13 @@ def grad_norm(args):
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     numbers = {}
-    for label, config, model, x, y in networks(args):
+    for label, style, model, x, y in networks(args):
         norms = torch.zeros(len(LAYERS))
         for part, target in batches(x, y):
             found = gradients(model, part, target, LAYERS)[1]
             norms += torch.stack([g.abs().sum((1, 2, 3)).sum().cpu() for g in found])
         numbers[label] = dict(zip(LAYERS, (norms / len(x)).tolist()))
-        axis.plot(LAYERS, numbers[label].values(), color=look(config)[1], marker=look(config)[2], label=label)
+        axis.plot(LAYERS, numbers[label].values(), **style, label=label)
     axis.set(yscale="log", xlabel="layer (0 is the input)", ylabel="mean l1 norm of the loss gradient")
     axis.legend()
     write(args, figure, {"n": args.n, "l1": numbers})
@@ -207,7 +233,7 @@ def linearity(args):
     side = torch.linspace(0, args.eps, args.points)[1:]
     figure, axes = plt.subplots(1, len(names), figsize=(3.8 * len(names), 3.6), squeeze=False, layout="constrained")
     numbers = {}
-    for label, config, model, x, y in networks(args):
+    for label, style, model, x, y in networks(args):
         errors = {name: torch.zeros(len(side)) for name in names}
         for part, target in batches(x, y):
             loss, found = gradients(model, part, target, names)
@@ -219,7 +245,7 @@ def linearity(args):
                     errors[name][i] += (after - loss - size * g.abs().sum((1, 2, 3))).abs().sum().item()
         numbers[label] = {name: (error / len(x)).tolist() for name, error in errors.items()}
         for axis, name in zip(axes[0], names):
-            axis.plot(side, numbers[label][name], color=look(config)[1], marker=look(config)[2], label=label)
+            axis.plot(side, numbers[label][name], **style, label=label)
     for axis, name in zip(axes[0], names):
         axis.set(xlabel="size of the step (1/255)", title="input" if name == "0" else name, ylim=(0, None))
     axes[0][0].set_ylabel("mean linear approximation error")
@@ -235,7 +261,7 @@ def over_epochs(args, keys, ylabel):
     configs = [read_json(Path(run) / "config.json") for run in args.runs]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     numbers = {}
-    for run, config, label in zip(args.runs, configs, labels(args.runs, configs)):
+    for run, config, (label, style) in zip(args.runs, configs, legends(args.runs, configs)):
         rows = read_json(Path(run) / "metrics.jsonl", lines=True)
         missing = [key for key in keys if not rows or key not in rows[-1]]
         if missing:
@@ -243,12 +269,13 @@ def over_epochs(args, keys, ylabel):
         # In shares of the training: methods differ in how many epochs they take.
         share = [row["epoch"] / config["epochs"] for row in rows]
         numbers[label] = {"epochs": config["epochs"], "share": share} | {key: [r[key] for r in rows] for key in keys}
-        for key, style in zip(keys, ("-", ":")):
-            name = label if style == "-" else None
-            axis.plot(share, numbers[label][key], style, color=look(config)[1], marker=look(config)[2], label=name)
+        for key, line in zip(keys, ("-", ":")):
+            name = label if line == "-" else None
+            axis.plot(share, numbers[label][key], line, **style, label=name)
         for row, where in zip(rows, share):
             if row["warning"]:
-                axis.annotate("overfits", (where, row[keys[0]]), color=look(config)[1], fontsize=9)
+                place = {"xytext": (5, 5), "textcoords": "offset points"}
+                axis.annotate("overfits", (where, row[keys[0]]), **place, color=style["color"], fontsize=9)
                 break
     axis.axvline(PEAK, color="0.6", linewidth=1, zorder=0)
     axis.set(xlabel="share of the training done", ylabel=ylabel, xlim=(0, 1.02), ylim=(0, None))
@@ -286,11 +313,7 @@ def read_results(args):
     for path, result in zip(args.runs, results):
         if not isinstance(result, dict) or not isinstance(result.get("training"), dict):
             common.fail(f"{path} says nothing of the training: it must come from eval_attacks.py on a run folder")
-        config = result["training"]
-        own = {flag: config[flag] for flag in DEFAULTS if flag in config and config[flag] != DEFAULTS[flag]}
-        if "alpha" in config and abs(config["alpha"] - config["eps"] * ALPHA.get(config["method"], 1)) > 1e-6:
-            own["alpha"] = config["alpha"]
-        result["flags"] = own
+        result["flags"] = flags_of(result["training"])
     return results
 
 
@@ -313,7 +336,7 @@ def over_flag(args, flag, xlabel):
         by_value, (label, colour, marker) = groups[method], look({"method": method})
         values = sorted(by_value)
         numbers[label] = {flag: values}
-        for key, style, pick in (
+        for key, line, pick in (
             ("pgd-50-10", "-", lambda r: robust_under(r)[0]),
             ("autoattack", "--", lambda r: robust_under(r)[1]),
             ("clean", ":", lambda r: r["clean"]),
@@ -322,7 +345,7 @@ def over_flag(args, flag, xlabel):
             numbers[label][key] = means
             if any(mean is not None for mean in means):
                 points = [(v, m) for v, m in zip(values, means) if m is not None]
-                axis.plot(*zip(*points), style, color=colour, marker=marker, label=label if style == "-" else None)
+                axis.plot(*zip(*points), line, color=colour, marker=marker, label=label if line == "-" else None)
     axis.set(xlabel=xlabel, ylabel="accuracy (%): PGD-50-10 solid,\nAutoAttack dashed, clean dotted", ylim=(0, 100))
     axis.legend(ncols=2)
     write(args, figure, numbers)
@@ -348,7 +371,7 @@ def table(args):
     groups = {}
     for result in read_results(args):
         config = result["training"]
-        flags = ", ".join(f"{k} {','.join(v) if isinstance(v, list) else v}" for k, v in result["flags"].items())
+        flags = text_of(result["flags"])
         network = (config["depth"], config["width"])
         key = (network, config["eps"], order(config["method"]), config["method"], flags, config["epochs"], result["n"])
         groups.setdefault(key, []).append(result)

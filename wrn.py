@@ -28,9 +28,14 @@ def dropout(x, p):
     if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     dropped = round(p * 2**16)
+    scale = 1 / (1 - dropped / 2**16)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    keep = words.view(torch.int16)[: x.numel()] >= dropped - 2**15
-    return x * keep.as_strided(x.size(), x.stride()).to(x.dtype).mul_(1 / (1 - dropped / 2**16))
+    keep = words.view(torch.int16)[: x.numel()].ge_(dropped - 2**15)  # 0 or 1, in place: ten times as fast as to bool
+    if x.dtype == torch.bfloat16:  # times the scale's bits: no conversion either
+        keep = keep.mul_(int(torch.tensor(scale, dtype=x.dtype).view(torch.int16))).view(x.dtype)
+    else:
+        keep = keep.to(x.dtype).mul_(scale)
+    return x * keep.as_strided(x.size(), x.stride())
 
 
 class Block(nn.Module):

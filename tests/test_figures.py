@@ -117,6 +117,29 @@ def test_the_defaults_are_those_of_the_scripts(cli, monkeypatch, tmp_path):
     assert seen == analyze.DEFAULTS.keys()
 
 
+def test_legends_tell_runs_apart():
+    base = {
+        "method": "slat",
+        "eps": 8.0,
+        "dropout": 0.3,
+        "eta": 1.0,
+        "batch_size": 64,
+        "layers": ["0", "conv1", "conv2"],
+    }
+    for change, expected in (
+        ({}, ["a", "b"]),  # the folders
+        ({"dropout": 0.0}, ["SLAT", "SLAT, dropout 0"]),
+        ({"eta": 0.5, "layers": ["0", "conv1"]}, ["SLAT", "SLAT, layers 0,conv1, eta 0.5"]),
+        ({"batch_size": 128}, ["SLAT, batch_size 64", "SLAT"]),
+        ({"method": "fgsm", "alpha": 8.0}, ["SLAT", "FGSM"]),
+        ({"method": "fgsm", "alpha": 4.0}, ["SLAT", "FGSM, alpha 4"]),
+    ):
+        found = analyze.legends(["runs/a", "runs/b"], [base, base | change])
+        assert [label for label, _ in found] == expected
+        for label, style in found:
+            assert (style["markerfacecolor"] == "white") == (", " in label)
+
+
 def test_table_and_figures_of_results(cli, tmp_path):
     layers = ["0", "conv1", "conv2"]
     results = [

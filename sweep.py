@@ -16,16 +16,14 @@ from pathlib import Path
 
 import common
 
-# Method and flags of every row, beside those that all rows share.
+# Method and flags of every row, beside those that all rows share; defaults are left out, so tables share their runs.
 ALL = ("pgd", "fgsm_ga", "yopo", "free", "fgsm", "fgsm_rs", "fgsm_ckpt", "n_fgsm", "slat")
 SWEEPS = {
     "table1": [(method, {}) for method in ALL],
     "table2": [("fgsm", {}), ("fgsm", {"alpha": 0.9}), ("slat", {"init": "uniform"}), ("slat", {})],
-    "table3": [
-        ("slat", {"layers": layers}) for layers in ("0,conv1,conv2", "0,conv3,conv4", "0,conv1,conv2,conv3,conv4")
-    ],
+    "table3": [("slat", {}), ("slat", {"layers": "0,conv3,conv4"}), ("slat", {"layers": "0,conv1,conv2,conv3,conv4"})],
     "eps": [(m, {"eps": eps}) for eps in (4, 8, 12, 16) for m in ("fgsm", "fgsm_rs", "n_fgsm", "slat")],
-    "eta": [("slat", {"eta": eta}) for eta in (0.6, 0.7, 0.8, 0.9, 1.0)],
+    "eta": [("slat", {"eta": eta}) for eta in (0.6, 0.7, 0.8, 0.9)] + [("slat", {})],
     "untold": [  # what the paper does not tell: dropout, input step, clamp, momentum
         ("slat", {}),
         ("slat", {"dropout": 0}),

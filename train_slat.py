@@ -84,11 +84,12 @@ def main():
         model.compile()
 
     eps = args.eps / 255
+    eta, input_step = args.eta * eps, args.input_step * eps
     for epoch in run.epochs():
         for x, y in data.batches(epoch, args.batch_size, args.seed, run.done):
             run.set_lr()
             with common.autocast(args):
-                x_adv, delta = slat(model, x, y, eps, args.layers, args.eta * eps, args.input_step * eps)
+                x_adv, delta = slat(model, x, y, eps, args.layers, eta, input_step, args.latent_clamp, args.init)
                 logits = model(x_adv, delta=delta)
                 loss = F.cross_entropy(logits, y)
             optimizer.zero_grad()

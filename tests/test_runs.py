@@ -99,6 +99,43 @@ def test_the_same_command_gives_the_same_weights(cli, tmp_path):
     assert not torch.equal(a, c)
 
 
+# Every flag that a script has for itself, at a value that is not its default.
+OWN_FLAGS = {
+    "fgsm": ["--alpha 8"],
+    "fgsm_rs": ["--alpha 8"],
+    "fgsm_ga": ["--alpha 8", "--ga-lambda 2"],
+    "fgsm_ckpt": ["--alpha 8", "--checkpoints 2"],
+    "n_fgsm": ["--alpha 8", "--noise 1"],
+    "free": ["--replays 4"],
+    "yopo": ["--alpha 8", "--outer 2", "--inner 1"],
+    "pgd": ["--alpha 8", "--steps 2", "--init uniform"],
+    "slat": ["--layers 0,conv1", "--eta 0.5", "--input-step 0.5", "--no-latent-clamp", "--init uniform"],
+}
+TRAINING_FLAGS = "eps 4,batch-size 8,lr-max 0.1,weight-decay 0,no-momentum-cycle,dropout 0,seed 1,precision fp32"
+
+
+def flags_in(text):
+    return set(re.findall(r"--([a-z][a-z-]+)", text))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_of_a_script_reaches_the_training(cli, tmp_path, name):
+    shared = flags_in(common.make_parser("").format_help())
+    own = flags_in(cli(SCRIPTS[name], "--help")[1]) - shared
+    assert own == flags_in(" ".join(OWN_FLAGS[name])) | ({"latent-clamp"} if name == "slat" else set())
+    changes = OWN_FLAGS[name] + [f"--{flag}" for flag in TRAINING_FLAGS.split(",")] * (name == "fgsm")
+    default = weights_after(cli, SCRIPTS[name], tmp_path / "default", "")
+    for i, flags in enumerate(changes):
+        changed = weights_after(cli, SCRIPTS[name], tmp_path / str(i), flags)
+        assert any(not torch.equal(changed[key], default[key]) for key in default), f"{flags} changes nothing"
+
+
+def weights_after(cli, script, run, flags):
+    code, _, err = cli(script, f"{SMALL} --epochs 1 --limit-train 64 --monitor 1 --eps 16 --seed 0 {flags} --out {run}")
+    assert code == 0, err
+    return load_file(run / "model.pt")["state_dict"]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_killed_and_resumed_is_uninterrupted(cli, tmp_path, monkeypatch, name):
     flags = f"{SMALL} --epochs 3 --limit-train 64 --out"

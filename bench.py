@@ -18,6 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -181,7 +182,7 @@ def relative_spread(values):
 
 
 def peak_memory(args, name):
-    """Bytes that three steps of a contestant need at their peak, in a process of its own (on CUDA: of the device)."""
+    """Bytes that torch holds at most in three steps of a contestant, weights included, in a process of its own."""
     flags = ["--memory-of", name, "--only", name, "--depth", args.depth, "--width", args.width]
     flags += ["--batch-size", args.batch_size, "--device", args.device, "--precision", args.precision]
     flags += ["--dropout", args.dropout] + ["--compile"] * args.compile
@@ -190,20 +191,23 @@ def peak_memory(args, name):
 
 
 def memory_of(args):
-    model, (x, y) = make_model(args), batch(args)
-    (_, step) = contestants(args, model)[args.memory_of]
-    cuda = args.device.startswith("cuda")
-    before = 0 if cuda else peak_of_process()
-    for _ in range(3):
-        step(x, y)
-    print(torch.cuda.max_memory_allocated() if cuda else peak_of_process() - before)
+    def make_steps():
+        model, (x, y) = make_model(args), batch(args)
+        (_, step) = contestants(args, model)[args.memory_of]
+        for _ in range(3):
+            step(x, y)
 
-
-def peak_of_process():
-    """Bytes of the most memory this process ever had. Not getrusage: what it says a child has inherited."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
+    if args.device.startswith("cuda"):
+        make_steps()
+        print(torch.cuda.max_memory_allocated(args.device))
+        return
+    # What torch's allocator gave out, as on CUDA: the process's own peak varies by a tenth from run to run.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        make_steps()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    print(max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"))
 
 
 def matrix_rate(device):
@@ -239,7 +243,7 @@ def steps(args):
             "spread": relative_spread(of_base),
             "ms": 1e3 * median,
             "images_per_second": len(x) / median,
-            "peak_bytes": peak_memory(args, name) if args.memory else None,  # None too where there is no /proc
+            "peak_bytes": peak_memory(args, name) if args.memory else None,
         }
         memory = f"{row['peak_bytes'] / 1e6:>9.0f}" if row["peak_bytes"] else f"{'':>9}"
         print(

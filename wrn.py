@@ -54,10 +54,11 @@ class Block(nn.Module):
 
     def forward(self, x):
         activated = F.relu(self.bn1(x), inplace=True)
-        out = F.relu(self.bn2(self.conv1(activated)), inplace=True)
-        if self.training:
+        out = self.bn2(self.conv1(activated))
+        if self.training:  # before the ReLU, which gives the same: the backward pass has a tensor less to keep
             out = dropout(out, self.p)
-        return self.conv2(out) + (x if self.shortcut is None else self.shortcut(activated))
+        out = self.conv2(F.relu(out, inplace=True))
+        return out + (x if self.shortcut is None else self.shortcut(activated))
 
 
 class WideResNet(nn.Module):

@@ -460,9 +460,9 @@ def write_torch(path, state):
 # ---------------------------------------------------------------- monitor
 
 
-def share(right):
-    """The share of True in a bool tensor."""
-    return int(right.sum()) / right.numel()
+def percent(right):
+    """How many of a bool tensor are True, in per cent."""
+    return 100 * int(right.sum()) / right.numel()
 
 
 def monitor(model, x, y, eps):
@@ -484,9 +484,9 @@ def monitor(model, x, y, eps):
     other = torch.cat(list(gradients(x + eps * u)))
     x_fgsm = (x + eps * gradient.sign()).clamp(0, 1)
     return {
-        "clean": 100 * share(predict(model, x) == y),
-        "fgsm": 100 * share(predict(model, x_fgsm) == y),
-        "pgd10": 100 * share(pgd(model, x, y, eps, steps=10, restarts=1)[0]),
+        "clean": percent(predict(model, x) == y),
+        "fgsm": percent(predict(model, x_fgsm) == y),
+        "pgd10": percent(pgd(model, x, y, eps, steps=10, restarts=1)[0]),
         "alignment": F.cosine_similarity(gradient.flatten(1), other.flatten(1)).mean().item(),
     }
 

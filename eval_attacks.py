@@ -790,11 +790,11 @@ def main():
         rows.append(("autoattack", left, sum(state["seconds"][name] for name in AUTOATTACK)))
 
     seconds = rows[0][2] + sum(state["seconds"].values())
-    accuracy = {name: 100 * common.share(survivors) for name, survivors, _ in rows}
+    accuracy = {name: common.percent(survivors) for name, survivors, _ in rows}
     print(f"\n{'attack':<16}{'accuracy %':>10}{'seconds':>10}")
     whole = [("all of them", robust, seconds)] if len(rows) > 2 else []
     for name, survivors, took in rows + whole:
-        print(f"{name:<16}{100 * common.share(survivors):>10.2f}{took:>10.1f}")
+        print(f"{name:<16}{common.percent(survivors):>10.2f}{took:>10.1f}")
     for warning in warnings:
         print(f"warning: {warning}")
     if args.examples:
@@ -805,7 +805,7 @@ def main():
     if args.json:
         result = {
             "clean": accuracy.pop("clean"),
-            "robust": 100 * common.share(robust),
+            "robust": common.percent(robust),
             "attacks": accuracy,
             "n": n,
             "eps": args.eps,

@@ -367,7 +367,7 @@ def order(method):
 
 
 def table(args):
-    """One row for each set-up, mean and std over its seeds, as Markdown, beside the numbers of the paper's tables."""
+    """One row for each set-up, mean and std over its seeds, as Markdown, beside the paper's; then OUT.notes.md."""
     groups = {}
     for result in read_results(args):
         config = result["training"]
@@ -395,6 +395,9 @@ def table(args):
             f"| {look({'method': method})[0]} | {flags} | WRN-{depth}-{width} | {epochs} | {size:g} | {len(results)} "
             f"| {n} | {' | '.join(cells)} | {cell([r['training']['seconds'] / 60 for r in results])} | {hardware} |"
         )
+    notes = Path(f"{args.out}.notes.md")  # what people have to say of the numbers
+    if args.out and notes.exists():
+        lines += ["", *notes.read_text().splitlines()]
     print("\n".join(lines))
     if args.out:
         common.write_text(f"{args.out}.md", "\n".join(lines) + "\n")

@@ -169,6 +169,9 @@ def test_table_and_figures_of_results(cli, tmp_path):
     # The paper's numbers stand beside its own set-ups alone.
     assert [row[7] for row in rows] == ["50.0 (85.9)", "52.0", "20.0", "61.0 ± 1.0 (87.4)", "61.0 (90.9)", "61.0"]
     assert rows[3][5:7] == ["2", "100"] and rows[3][8:11] == ["32.0 ± 2.0 (0.0)", "not run (0.0)", "1.5 ± 0.5"]
+    (tmp_path / "table.notes.md").write_text("## Findings\n\nNone.\n")
+    assert cli(analyze, f"table {' '.join(files)} --out {tmp_path / 'table'}")[0] == 0
+    assert (tmp_path / "table.md").read_text() == out + "\n## Findings\n\nNone.\n"
     code, out, err = cli(analyze, f"eta {' '.join(files)} --out {tmp_path / 'eta'}")
     assert code == 0 and written(tmp_path / "eta") == {
         "SLAT": {"eta": [0.6, 1.0], "pgd-50-10": [32, 31], "autoattack": [29, 28], "clean": [52, 50]}

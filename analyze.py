@@ -88,7 +88,8 @@ def pyplot():
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(
-        {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "legend.frameon": False}
+        {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
+        | {"legend.edgecolor": "none", "legend.framealpha": 1}
     )
     return plt
 

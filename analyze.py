@@ -304,33 +304,38 @@ def robust_under(result):
 
 
 def mean_std(values):
+    """Mean, and the standard deviation of a sample; None where there are too few values for it."""
     values = torch.tensor([v for v in values if v is not None], dtype=torch.double)
-    return (values.mean().item(), values.std(correction=0).item(), len(values)) if len(values) else (None, None, 0)
+    return values.mean().item() if len(values) else None, values.std().item() if len(values) > 1 else None
 
 
 def read_results(args):
-    """The results that the named files hold, each with its set-up: {flag: value that is not its default}."""
+    """The results in the named files, each with its set-up: {flag: value that is not its default, or the attack's}."""
     results = [read_json(path) for path in args.runs]
     for path, result in zip(args.runs, results):
         if not isinstance(result, dict) or not isinstance(result.get("training"), dict):
             common.fail(f"{path} says nothing of the training: it must come from eval_attacks.py on a run folder")
         result["flags"] = flags_of(result["training"])
+        if result["eps"] != result["training"]["eps"]:
+            result["flags"]["trained with eps"] = result["training"]["eps"]
     return results
 
 
 def over_flag(args, flag, xlabel):
     """Accuracy over a training flag, all others at their defaults: one line a method, mean over seeds."""
     plt = pyplot()
-    groups, sizes = {}, set()
+    groups, kinds = {}, {}
     for result in read_results(args):
         config = result["training"]
         if flag in config and not result["flags"].keys() - {flag}:
             groups.setdefault(config["method"], {}).setdefault(config[flag], []).append(result)
-            sizes.add(f"WRN-{config['depth']}-{config['width']}")
+            kinds.setdefault("", set()).add(f"WRN-{config['depth']}-{config['width']} on {result['n']} images")
+            kinds.setdefault(config["method"], set()).add(f"{config['method']} after {config['epochs']} epochs")
     if not groups:
         common.fail(f"none of these results was trained with --{flag} and defaults for the rest")
-    if len(sizes) > 1:
-        common.fail(f"these are results of {' and '.join(sorted(sizes))}: give those of one network")
+    for found in kinds.values():
+        if len(found) > 1:
+            common.fail(f"these are results of {' and of '.join(sorted(found))}: give those of one kind")
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     numbers = {}
     for method in sorted(groups, key=order):
@@ -374,12 +379,12 @@ def table(args):
         config = result["training"]
         flags = text_of(result["flags"])
         network = (config["depth"], config["width"])
-        key = (network, config["eps"], order(config["method"]), config["method"], flags, config["epochs"], result["n"])
+        key = (network, result["eps"], order(config["method"]), config["method"], flags, config["epochs"], result["n"])
         groups.setdefault(key, []).append(result)
 
     def cell(values):
-        mean, std, count = mean_std(values)
-        return "not run" if mean is None else f"{mean:.1f}" + (f" ± {std:.1f}" if count > 1 else "")
+        mean, std = mean_std(values)
+        return "not run" if mean is None else f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
 
     lines = [
         *RESULTS_HEAD.splitlines(),
@@ -391,9 +396,10 @@ def table(args):
         paper = PAPER.get((method, flags)) if size == 8 else None
         columns = [[r["clean"] for r in results], *zip(*[robust_under(r) for r in results])]
         cells = [cell(c) + (f" ({p:.1f})" if p is not None else "") for c, p in zip(columns, paper or [None] * 3)]
+        seeds = len({r["training"]["seed"] for r in results})
         hardware = ", ".join(sorted({r["training"]["hardware"] for r in results}))
         lines.append(
-            f"| {look({'method': method})[0]} | {flags} | WRN-{depth}-{width} | {epochs} | {size:g} | {len(results)} "
+            f"| {look({'method': method})[0]} | {flags} | WRN-{depth}-{width} | {epochs} | {size:g} | {seeds} "
             f"| {n} | {' | '.join(cells)} | {cell([r['training']['seconds'] / 60 for r in results])} | {hardware} |"
         )
     notes = Path(f"{args.out}.notes.md")  # what people have to say of the numbers

@@ -101,7 +101,7 @@ def result(method, seed, clean, pgd, autoattack=None, **flags):
     config = {"method": method, "depth": 10, "width": 2, "epochs": 8, "eps": 8.0, "dropout": 0.3, "seed": seed}
     config |= {"hardware": "a CPU", "seconds": 60.0 * (seed + 1), **flags}
     attacks = {"pgd-50-10": pgd} | ({"autoattack": autoattack} if autoattack else {})
-    return {"clean": clean, "attacks": attacks, "n": 100, "training": config}
+    return {"clean": clean, "attacks": attacks, "n": 100, "eps": config["eps"], "training": config}
 
 
 def test_the_defaults_are_those_of_the_scripts(cli, monkeypatch, tmp_path):
@@ -110,7 +110,7 @@ def test_the_defaults_are_those_of_the_scripts(cli, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"train_{method}.py", "--eps", "4"])
         config = vars(importlib.import_module(f"train_{method}").parse_args())
         path = tmp_path / f"{method}.json"
-        path.write_text(json.dumps({"training": config}))
+        path.write_text(json.dumps({"training": config, "eps": 4}))
         (found,) = analyze.read_results(argparse.Namespace(runs=[path]))
         assert found["flags"] == {}, method
         seen |= config.keys() & analyze.DEFAULTS.keys()
@@ -150,6 +150,7 @@ def test_table_and_figures_of_results(cli, tmp_path):
         result("slat", 0, 20.0, 1.0, layers=["0", "conv3", "conv4"], eta=1.0, latent_clamp=False),
         result("fgsm", 0, 61.0, 20.0, alpha=7.2, dropout=0),
         result("fgsm", 0, 61.0, 20.0, alpha=7.2),
+        result("fgsm", 0, 30.0, 20.0, alpha=16.0, eps=16.0) | {"eps": 8.0},
     ]
     files = []
     for i, content in enumerate(results):
@@ -157,7 +158,7 @@ def test_table_and_figures_of_results(cli, tmp_path):
         (tmp_path / f"{i}.json").write_text(json.dumps(content))
     code, out, err = cli(analyze, f"table {' '.join(files)} --out {tmp_path / 'table'}")
     assert code == 0 and not err and (tmp_path / "table.md").read_text() == out
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[-6:]]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[-7:]]
     assert [row[:2] for row in rows] == [
         ["SLAT", ""],
         ["SLAT", "eta 0.6"],
@@ -165,10 +166,12 @@ def test_table_and_figures_of_results(cli, tmp_path):
         ["FGSM", ""],
         ["FGSM", "alpha 7.2"],
         ["FGSM", "dropout 0, alpha 7.2"],
+        ["FGSM", "trained with eps 16"],
     ]
     # The paper's numbers stand beside its own set-ups alone.
-    assert [row[7] for row in rows] == ["50.0 (85.9)", "52.0", "20.0", "61.0 ± 1.0 (87.4)", "61.0 (90.9)", "61.0"]
-    assert rows[3][5:7] == ["2", "100"] and rows[3][8:11] == ["32.0 ± 2.0 (0.0)", "not run (0.0)", "1.5 ± 0.5"]
+    clean = ["50.0 (85.9)", "52.0", "20.0", "61.0 ± 1.4 (87.4)", "61.0 (90.9)", "61.0", "30.0"]
+    assert [row[7] for row in rows] == clean and {row[4] for row in rows} == {"8"}
+    assert rows[3][5:7] == ["2", "100"] and rows[3][8:11] == ["32.0 ± 2.8 (0.0)", "not run (0.0)", "1.5 ± 0.7"]
     (tmp_path / "table.notes.md").write_text("## Findings\n\nNone.\n")
     assert cli(analyze, f"table {' '.join(files)} --out {tmp_path / 'table'}")[0] == 0
     assert (tmp_path / "table.md").read_text() == out + "\n## Findings\n\nNone.\n"
@@ -181,10 +184,12 @@ def test_table_and_figures_of_results(cli, tmp_path):
         "SLAT": [31],
         "FGSM": [32],
     }
-    (tmp_path / "wide.json").write_text(json.dumps(result("fgsm", 0, 80.0, 40.0, alpha=8.0, width=10)))
+    for name, flags in (("wide", {"width": 10}), ("long", {"epochs": 30})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result("fgsm", 0, 80.0, 40.0, alpha=8.0, **flags)))
     for flags, message in (
         (f"eta {files[0]}", "--eta"),
-        (f"eps {files[0]} {tmp_path / 'wide.json'}", "WRN-10-10 and WRN-10-2"),
+        (f"eps {files[0]} {tmp_path / 'wide.json'}", "WRN-10-10 on 100 images and of WRN-10-2 on 100"),
+        (f"eps {files[0]} {tmp_path / 'long.json'}", "fgsm after 30 epochs and of fgsm after 8"),
     ):
         code, _, err = cli(analyze, f"{flags} --out {tmp_path / 'figure'}")
         assert code == 2 and message in err and err.count("\n") == 1

@@ -124,10 +124,13 @@ def flags_of(config):
 
 
 def text_of(flags):
-    def text(value):
-        return ",".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else value
+    def text(flag, value):
+        if value is False:
+            return f"no {flag}"
+        value = ",".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else value
+        return f"{flag} {value}"
 
-    return ", ".join(f"{flag} {text(value)}" for flag, value in flags.items())
+    return ", ".join(text(*flag) for flag in flags.items()).replace("_", " ")
 
 
 def legends(paths, configs):

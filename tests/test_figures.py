@@ -130,7 +130,7 @@ def test_legends_tell_runs_apart():
         ({}, ["a", "b"]),  # the folders
         ({"dropout": 0.0}, ["SLAT", "SLAT, dropout 0"]),
         ({"eta": 0.5, "layers": ["0", "conv1"]}, ["SLAT", "SLAT, layers 0,conv1, eta 0.5"]),
-        ({"batch_size": 128}, ["SLAT, batch_size 64", "SLAT"]),
+        ({"batch_size": 128}, ["SLAT, batch size 64", "SLAT"]),
         ({"method": "fgsm", "alpha": 8.0}, ["SLAT", "FGSM"]),
         ({"method": "fgsm", "alpha": 4.0}, ["SLAT", "FGSM, alpha 4"]),
     ):
@@ -162,7 +162,7 @@ def test_table_and_figures_of_results(cli, tmp_path):
     assert [row[:2] for row in rows] == [
         ["SLAT", ""],
         ["SLAT", "eta 0.6"],
-        ["SLAT", "layers 0,conv3,conv4, latent_clamp False"],
+        ["SLAT", "layers 0,conv3,conv4, no latent clamp"],
         ["FGSM", ""],
         ["FGSM", "alpha 7.2"],
         ["FGSM", "dropout 0, alpha 7.2"],

@@ -327,6 +327,8 @@ def read_results(args):
 def over_flag(args, flag, xlabel):
     """Accuracy over a training flag, all others at their defaults: one line a method, mean over seeds."""
     plt = pyplot()
+    from matplotlib.lines import Line2D
+
     groups, kinds = {}, {}
     for result in read_results(args):
         config = result["training"]
@@ -340,23 +342,30 @@ def over_flag(args, flag, xlabel):
         if len(found) > 1:
             common.fail(f"these are results of {' and of '.join(sorted(found))}: give those of one kind")
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    numbers = {}
+    numbers, drawn = {}, {}
+    kinds_of_accuracy = {
+        "clean": (":", None, lambda r: r["clean"]),
+        "PGD-50-10": ("-", None, lambda r: robust_under(r)[0]),
+        "AutoAttack": ("--", "white", lambda r: robust_under(r)[1]),
+    }
     for method in sorted(groups, key=order):
         by_value, (label, colour, marker) = groups[method], look({"method": method})
         values = sorted(by_value)
         numbers[label] = {flag: values}
-        for key, line, pick in (
-            ("pgd-50-10", "-", lambda r: robust_under(r)[0]),
-            ("autoattack", "--", lambda r: robust_under(r)[1]),
-            ("clean", ":", lambda r: r["clean"]),
-        ):
+        for key, (line, face, pick) in kinds_of_accuracy.items():
             means = [mean_std([pick(r) for r in by_value[v]])[0] for v in values]
-            numbers[label][key] = means
-            if any(mean is not None for mean in means):
-                points = [(v, m) for v, m in zip(values, means) if m is not None]
-                axis.plot(*zip(*points), line, color=colour, marker=marker, label=label if line == "-" else None)
-    axis.set(xlabel=xlabel, ylabel="accuracy (%): PGD-50-10 solid,\nAutoAttack dashed, clean dotted", ylim=(0, 100))
-    axis.legend(ncols=2)
+            numbers[label][key.lower()] = means
+            points = [(v, m) for v, m in zip(values, means) if m is not None]
+            if points:
+                axis.plot(
+                    *zip(*points), line, color=colour, marker=marker, markerfacecolor=face or colour, clip_on=False
+                )
+                drawn[key] = Line2D([], [], color="#555555", linestyle=line, marker="o", markerfacecolor=face)
+        drawn[label] = Line2D([], [], color=colour, marker=marker, linestyle="none")
+    axis.set(xlabel=xlabel, ylabel="accuracy (%)", xticks=sorted({v for g in groups.values() for v in g}))
+    axis.set_ylim(0)
+    names = sorted(drawn, key=lambda name: name in kinds_of_accuracy)  # methods first
+    figure.legend([drawn[name] for name in names], names, loc="outside right center")
     write(args, figure, numbers)
 
 

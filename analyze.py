@@ -16,6 +16,7 @@ as NAME.png, NAME.svg and NAME.json (the numbers); numbers in brackets are those
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -386,34 +387,37 @@ def order(method):
 
 def table(args):
     """One row for each set-up, mean and std over its seeds, as Markdown, beside the paper's; then OUT.notes.md."""
+    base = Path(args.out).absolute().parent if args.out else Path.cwd()
     groups = {}
-    for result in read_results(args):
+    for path, result in zip(args.runs, read_results(args)):
         config = result["training"]
         flags = text_of(result["flags"])
         network = (config["depth"], config["width"])
         key = (network, result["eps"], order(config["method"]), config["method"], flags, config["epochs"], result["n"])
-        groups.setdefault(key, []).append(result)
+        groups.setdefault(key, []).append((config["seed"], os.path.relpath(path, base), result))
 
     def cell(values):
         mean, std = mean_std(values)
         return "not run" if mean is None else f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
 
-    lines = [
-        *RESULTS_HEAD.splitlines(),
-        "| method | flags | network | epochs | eps | seeds | n | clean | PGD-50-10 | AutoAttack | minutes | hardware |",
-        "|" + "---|" * 12,
-    ]
-    for key, results in sorted(groups.items()):
+    rows = []
+    for key, group in sorted(groups.items()):
         (depth, width), size, _, method, flags, epochs, n = key
+        results = [result for *_, result in group]
         paper = PAPER.get((method, flags)) if size == 8 else None
         columns = [[r["clean"] for r in results], *zip(*[robust_under(r) for r in results])]
         cells = [cell(c) + (f" ({p:.1f})" if p is not None else "") for c, p in zip(columns, paper or [None] * 3)]
-        seeds = len({r["training"]["seed"] for r in results})
+        setup = [look({"method": method})[0], flags, f"WRN-{depth}-{width}", f"{epochs}", f"{size:g}", f"{n}"]
+        minutes = cell([r["training"]["seconds"] / 60 for r in results])
         hardware = ", ".join(sorted({r["training"]["hardware"] for r in results}))
-        lines.append(
-            f"| {look({'method': method})[0]} | {flags} | WRN-{depth}-{width} | {epochs} | {size:g} | {seeds} "
-            f"| {n} | {' | '.join(cells)} | {cell([r['training']['seconds'] / 60 for r in results])} | {hardware} |"
-        )
+        links = ", ".join(f"[{seed}]({path})" for seed, path, _ in sorted(group, key=lambda item: item[:2]))
+        rows.append([*setup, *cells, minutes, hardware, links])
+    shown = range(len(COLUMNS))
+    if args.short:
+        shown = [i for i in shown if COLUMNS[i] in SHORT or len({row[i] for row in rows}) > 1]
+        shown = [i for i in shown if COLUMNS[i] not in ("minutes", "hardware")]
+    table = [[row[i] for i in shown] for row in [COLUMNS, ["---"] * len(COLUMNS), *rows]]
+    lines = [*([] if args.short else RESULTS_HEAD.splitlines()), *(f"| {' | '.join(row)} |" for row in table)]
     notes = Path(f"{args.out}.notes.md")  # what people have to say of the numbers
     if args.out and notes.exists():
         lines += ["", *notes.read_text().splitlines()]
@@ -422,12 +426,15 @@ def table(args):
         common.write_text(f"{args.out}.md", "\n".join(lines) + "\n")
 
 
+COLUMNS = "method,flags,network,epochs,eps,n,clean,PGD-50-10,AutoAttack,minutes,hardware,seeds".split(",")
+SHORT = ("method", "clean", "PGD-50-10", "seeds")
 RESULTS_HEAD = """\
 # Results
 
-Made by `analyze.py table` from the JSON files beside it, which have command, seed and versions. Per cent, mean ± std
-over seeds; in brackets what the paper reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and AutoAttack on
-the first n test images. Minutes of training as the clock saw them, with whatever else the machine was doing.
+Made by `analyze.py table` from the JSON files that the last column links; they have command and versions. Per cent,
+mean ± std over seeds; in brackets what the paper reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and
+AutoAttack on the first n test images. Minutes of training as the clock saw them, with whatever else the machine was
+doing.
 
 """
 
@@ -465,6 +472,10 @@ def main():
             sub.add_argument("--points", type=common.number(int, 3), default=17, help="along each axis (default 17)")
         if command == "landscape":
             sub.add_argument("--seed", type=common.number(int, 0, 2**31), default=0, help="of the random direction")
+        if command == "table":
+            sub.add_argument(
+                "--short", action="store_true", help="without minutes, hardware, and what all rows have in common"
+            )
         if command == "linearity":
             sub.add_argument("--layers", default="0,conv1,conv2", help="default 0,conv1,conv2")
     args = parser.parse_args()

@@ -1,8 +1,10 @@
 """toy_2d.py, analyze.py and sweep.py: their numbers, their files, and that what they print can be run."""
 
 import argparse
+import glob
 import importlib
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -170,8 +172,17 @@ def test_table_and_figures_of_results(cli, tmp_path):
     ]
     # The paper's numbers stand beside its own set-ups alone.
     clean = ["50.0 (85.9)", "52.0", "20.0", "61.0 ± 1.4 (87.4)", "61.0 (90.9)", "61.0", "30.0"]
-    assert [row[7] for row in rows] == clean and {row[4] for row in rows} == {"8"}
-    assert rows[3][5:7] == ["2", "100"] and rows[3][8:11] == ["32.0 ± 2.8 (0.0)", "not run (0.0)", "1.5 ± 0.7"]
+    assert [row[6] for row in rows] == clean and {row[4] for row in rows} == {"8"}
+    assert rows[3][5] == "100" and rows[3][7:10] == ["32.0 ± 2.8 (0.0)", "not run (0.0)", "1.5 ± 0.7"]
+    assert [row[11] for row in rows[2:5]] == ["[0](4.json)", "[0](0.json), [1](1.json)", "[0](6.json)"]
+    # --short leaves out what is the same in all rows: the network, epochs, eps and n.
+    code, short, _ = cli(analyze, f"table --short {files[2]} {files[4]} --out {tmp_path / 'short'}")
+    assert code == 0 and short.splitlines() == [
+        "| method | flags | clean | PGD-50-10 | AutoAttack | seeds |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| SLAT |  | 50.0 (85.9) | 31.0 (47.1) | 28.0 (44.6) | [0](2.json) |",
+        "| SLAT | layers 0,conv3,conv4, no latent clamp | 20.0 | 1.0 | not run | [0](4.json) |",
+    ]
     (tmp_path / "table.notes.md").write_text("## Findings\n\nNone.\n")
     assert cli(analyze, f"table {' '.join(files)} --out {tmp_path / 'table'}")[0] == 0
     assert (tmp_path / "table.md").read_text() == out + "\n## Findings\n\nNone.\n"
@@ -193,6 +204,18 @@ def test_table_and_figures_of_results(cli, tmp_path):
     ):
         code, _, err = cli(analyze, f"{flags} --out {tmp_path / 'figure'}")
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_committed_tables_are_what_the_results_say(cli):
+    """Each table of the README follows the command that made it, in a comment; RESULTS.md was not edited by hand."""
+    found = re.findall(r"<!-- python analyze.py (table .*?) -->\n(.*?\n)\n", Path("README.md").read_text(), re.S)
+    assert len(found) == 4
+    for command, text in found:
+        words = [sorted(glob.glob(word)) if "*" in word else [word] for word in command.split()]
+        assert cli(analyze, " ".join(sum(words, []))) == (0, text, "")
+    _, out, _ = cli(analyze, " ".join(["table", *glob.glob("results/cpu/*.json")]))
+    notes = Path("results/RESULTS.notes.md").read_text()
+    assert Path("results/RESULTS.md").read_text() == out.replace("](results/", "](") + "\n" + notes
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"training": {}}', '{"training": {"method": "slat", "eps": "a"}}'])

@@ -16,7 +16,9 @@ as NAME.png, NAME.svg and NAME.json (the numbers); numbers in brackets are those
 
 import argparse
 import json
+import math
 import os
+import textwrap
 from pathlib import Path
 
 import torch
@@ -137,7 +139,8 @@ def text_of(flags):
 def legends(paths, configs):
     """[(label, line style)] of runs: a method's name, colour and marker, and the flags that the runs do not share.
 
-    Markers are hollow where such a flag is not at its default. Where two runs share all that, the folder's name.
+    Markers are hollow where such a flag is not at its default. Where two runs share all that, the marker is the seed;
+    where they share the seed too, the label is the folder's name.
     """
     found = [flags_of(config) for config in configs]
     shared = {k: v for k, v in found[0].items() if all(k in other and other[k] == v for other in found)}
@@ -147,8 +150,20 @@ def legends(paths, configs):
         own = text_of({k: v for k, v in flags.items() if k not in shared})
         labels.append(f"{name}, {own}" if own else name)
         styles.append({"color": colour, "marker": marker, "markerfacecolor": "white" if own else colour})
+    for i in [i for i, label in enumerate(labels) if labels.count(label) > 1]:
+        seed = configs[i].get("seed", "?")
+        labels[i] += f", seed {seed}"
+        styles[i] |= {"marker": f"${seed}$", "markersize": 8, "markerfacecolor": styles[i]["color"]}
     labels = [Path(p).name if labels.count(label) > 1 else label for p, label in zip(paths, labels)]
     return list(zip(labels, styles))
+
+
+def legend_below(figure, axis):
+    """Under the axes, where it hides no line however many runs there are and however long their names."""
+    handles, labels = axis.get_legend_handles_labels()
+    rows = math.ceil(len(labels) / max(1, int(8.5 * figure.get_figwidth()) // (max(map(len, labels)) + 5)))
+    figure.set_figheight(figure.get_figheight() + 0.24 * rows)
+    figure.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / rows))
 
 
 def networks(args):
@@ -206,7 +221,7 @@ def landscape(args):
         surface = torch.tensor(surface).T
         shades = axis.contourf(side, side, surface, levels, cmap="viridis")
         axis.contour(side, side, surface, levels, colors="white", linewidths=0.4)
-        axis.set(title=label, xlabel="along sign of the gradient (1/255)", aspect="equal")
+        axis.set(title=textwrap.fill(label, 24), xlabel="along sign of the gradient (1/255)", aspect="equal")
     axes[0][0].set_ylabel("along random signs (1/255)")
     figure.colorbar(shades, ax=axes[0].tolist(), label="mean loss", format="%.1f")
     write(args, figure, {"eps": args.eps, "n": args.n, "side": side.tolist(), "loss": surfaces})
@@ -225,7 +240,7 @@ def grad_norm(args):
         numbers[label] = dict(zip(LAYERS, (norms / len(x)).tolist()))
         axis.plot(LAYERS, numbers[label].values(), **style, label=label)
     axis.set(yscale="log", xlabel="layer (0 is the input)", ylabel="mean l1 norm of the loss gradient")
-    axis.legend()
+    legend_below(figure, axis)
     write(args, figure, {"n": args.n, "l1": numbers})
 
 
@@ -254,7 +269,7 @@ def linearity(args):
     for axis, name in zip(axes[0], names):
         axis.set(xlabel="size of the step (1/255)", title="input" if name == "0" else name, ylim=(0, None))
     axes[0][0].set_ylabel("mean linear approximation error")
-    axes[0][0].legend()
+    legend_below(figure, axes[0][0])
     write(args, figure, {"n": args.n, "eps": side.tolist(), "error": numbers})
 
 
@@ -285,7 +300,7 @@ def over_epochs(args, keys, ylabel):
     axis.axvline(PEAK, color="0.6", linewidth=1, zorder=0)
     axis.set(xlabel="share of the training done", ylabel=ylabel, xlim=(0, 1.02), ylim=(0, None))
     axis.text(PEAK, axis.get_ylim()[1], " highest learning rate", color="0.4", va="top", fontsize=9)
-    axis.legend(loc="best", ncols=2)
+    legend_below(figure, axis)
     write(args, figure, numbers)
 
 

@@ -124,12 +124,14 @@ def test_legends_tell_runs_apart():
         "method": "slat",
         "eps": 8.0,
         "dropout": 0.3,
+        "seed": 0,
         "eta": 1.0,
         "batch_size": 64,
         "layers": ["0", "conv1", "conv2"],
     }
     for change, expected in (
         ({}, ["a", "b"]),  # the folders
+        ({"seed": 1}, ["SLAT, seed 0", "SLAT, seed 1"]),
         ({"dropout": 0.0}, ["SLAT", "SLAT, dropout 0"]),
         ({"eta": 0.5, "layers": ["0", "conv1"]}, ["SLAT", "SLAT, layers 0,conv1, eta 0.5"]),
         ({"batch_size": 128}, ["SLAT, batch size 64", "SLAT"]),
@@ -139,7 +141,27 @@ def test_legends_tell_runs_apart():
         found = analyze.legends(["runs/a", "runs/b"], [base, base | change])
         assert [label for label, _ in found] == expected
         for label, style in found:
-            assert (style["markerfacecolor"] == "white") == (", " in label)
+            assert (style["markerfacecolor"] == "white") == (", " in label.split(", seed")[0])
+        assert ([style["marker"] for _, style in found] == ["$0$", "$1$"]) == ("seed" in change)
+
+
+@pytest.mark.parametrize(
+    "label", ["SLAT {}", "SLAT, dropout 0, seed {}", "slat_wrn10-2_epochs8_eps8_layers-0-conv1_seed{}"]
+)
+def test_a_legend_below_hides_nothing(label):
+    pyplot = analyze.pyplot()
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for i in range(9):
+        axis.plot([0, 1], [i, 9 - i], label=label.format(i))
+    axis.set(xlabel="share", ylabel="accuracy")
+    analyze.legend_below(figure, axis)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, whole = legend.get_window_extent(), figure.bbox
+    assert 0 <= box.x0 and box.x1 <= whole.x1 and 0 <= box.y0
+    assert box.y1 < axis.get_tightbbox().y0
+    assert axis.get_window_extent().height > 0.6 * 4 * figure.dpi
+    pyplot.close(figure)
 
 
 def test_table_and_figures_of_results(cli, tmp_path):

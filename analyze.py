@@ -413,7 +413,11 @@ def table(args):
 
     def cell(values):
         mean, std = mean_std(values)
-        return "not run" if mean is None else f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
+        if mean is None:
+            return "not run"
+        std = "" if std is None else f" ± {std:.1f}"
+        run = sum(v is not None for v in values)
+        return f"{mean:.1f}{std}" + (f" [{run} of {len(values)}]" if run < len(values) else "")
 
     rows = []
     for key, group in sorted(groups.items()):
@@ -447,9 +451,9 @@ RESULTS_HEAD = """\
 # Results
 
 Made by `analyze.py table` from the JSON files that the last column links; they have command and versions. Per cent,
-mean ± std over seeds; in brackets what the paper reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and
-AutoAttack on the first n test images. Minutes of training as the clock saw them, with whatever else the machine was
-doing.
+mean ± std over seeds, [1 of 2] where not all were attacked; in brackets what the paper reports for WRN-28-10 after 30
+epochs, four seeds. PGD-50-10 and AutoAttack on the first n test images. Minutes of training as the clock saw them,
+with whatever else the machine was doing.
 
 """
 

@@ -168,7 +168,7 @@ def test_table_and_figures_of_results(cli, tmp_path):
     layers = ["0", "conv1", "conv2"]
     results = [
         result("fgsm", 0, 60.0, 30.0, alpha=8.0),
-        result("fgsm", 1, 62.0, 34.0, alpha=8.0),
+        result("fgsm", 1, 62.0, 34.0, 0.5, alpha=8.0),
         result("slat", 0, 50.0, 31.0, 28.0, layers=layers, eta=1.0),
         result("slat", 0, 52.0, 32.0, 29.0, layers=layers, eta=0.6),
         result("slat", 0, 20.0, 1.0, layers=["0", "conv3", "conv4"], eta=1.0, latent_clamp=False),
@@ -195,7 +195,7 @@ def test_table_and_figures_of_results(cli, tmp_path):
     # The paper's numbers stand beside its own set-ups alone.
     clean = ["50.0 (85.9)", "52.0", "20.0", "61.0 ± 1.4 (87.4)", "61.0 (90.9)", "61.0", "30.0"]
     assert [row[6] for row in rows] == clean and {row[4] for row in rows} == {"8"}
-    assert rows[3][5] == "100" and rows[3][7:10] == ["32.0 ± 2.8 (0.0)", "not run (0.0)", "1.5 ± 0.7"]
+    assert rows[3][5] == "100" and rows[3][7:10] == ["32.0 ± 2.8 (0.0)", "0.5 [1 of 2] (0.0)", "1.5 ± 0.7"]
     assert [row[11] for row in rows[2:5]] == ["[0](4.json)", "[0](0.json), [1](1.json)", "[0](6.json)"]
     # --short leaves out what is the same in all rows: the network, epochs, eps and n.
     code, short, _ = cli(analyze, f"table --short {files[2]} {files[4]} --out {tmp_path / 'short'}")

@@ -371,11 +371,11 @@ def over_flag(args, flag, xlabel):
         for key, (line, face, pick) in kinds_of_accuracy.items():
             means = [mean_std([pick(r) for r in by_value[v]])[0] for v in values]
             numbers[label][key.lower()] = means
-            points = [(v, m) for v, m in zip(values, means) if m is not None]
-            if points:
-                axis.plot(
-                    *zip(*points), line, color=colour, marker=marker, markerfacecolor=face or colour, clip_on=False
-                )
+            if any(mean is not None for mean in means):
+                # A line breaks where nothing was measured.
+                points = [math.nan if mean is None else mean for mean in means]
+                style = {"color": colour, "marker": marker, "markerfacecolor": face or colour, "clip_on": False}
+                axis.plot(values, points, line, **style)
                 drawn[key] = Line2D([], [], color="#555555", linestyle=line, marker="o", markerfacecolor=face)
         drawn[label] = Line2D([], [], color=colour, marker=marker, linestyle="none")
     axis.set(xlabel=xlabel, ylabel="accuracy (%)", xticks=sorted({v for g in groups.values() for v in g}))

@@ -228,6 +228,21 @@ def test_table_and_figures_of_results(cli, tmp_path):
         assert code == 2 and message in err and err.count("\n") == 1
 
 
+def test_no_line_bridges_what_was_not_measured(tmp_path, monkeypatch):
+    files, figures = [], []
+    for size, autoattack in ((4.0, 40.0), (8.0, 35.0), (12.0, None), (16.0, 1.0)):
+        files.append(tmp_path / f"{size}.json")
+        files[-1].write_text(json.dumps(result("fgsm", 0, 60.0, 42.0, autoattack, alpha=size, eps=size)))
+    monkeypatch.setattr(analyze, "write", lambda args, figure, numbers: figures.append(figure))
+    analyze.eps(argparse.Namespace(runs=files))
+    lines = {line.get_linestyle(): line.get_ydata() for line in figures[0].axes[0].lines}
+    assert {style: list(map(str, values)) for style, values in lines.items()} == {
+        ":": ["60.0"] * 4,
+        "-": ["42.0"] * 4,
+        "--": ["40.0", "35.0", "nan", "1.0"],
+    }
+
+
 def test_committed_tables_are_what_the_results_say(cli):
     """Each table of the README follows the command that made it, in a comment; RESULTS.md was not edited by hand."""
     found = re.findall(r"<!-- python analyze.py (table .*?) -->\n(.*?\n)\n", Path("README.md").read_text(), re.S)

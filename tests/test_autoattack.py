@@ -284,7 +284,7 @@ def test_rounding_fools_gradients_but_neither_square_nor_the_checks(trained):
     assert any("gradient is exactly zero" in line for line in check_network(model, x, y, EPS))
     (line,) = check_survivors(survivors)
     more = int((survivors["pgd"] & survivors["fab-t"] & ~survivors["square"]).sum())
-    assert f"broke {more} images that pgd, fab-t could not" in line
+    assert f"broke {more} of 40 images that pgd, fab-t could not" in line
     assert correct.sum() > survivors["square"].sum()
 
 
@@ -309,6 +309,9 @@ def test_the_checks_of_a_network(trained):
     assert few == "4 classes: the targeted attacks take 3 targets instead of 9"
     kept = torch.tensor([True, True, False])
     assert check_survivors({"square": kept}) == check_survivors({"pgd": kept, "square": kept}) == []
+    thousand = torch.arange(1000)
+    assert check_survivors({"pgd": thousand >= 0, "square": thousand >= 2}) == []
+    assert "broke 3 of 1000 images" in check_survivors({"pgd": thousand >= 0, "square": thousand >= 3})[0]
 
 
 # ---------------------------------------------------------------- the whole

@@ -593,16 +593,16 @@ def check_network(model, x, y, eps, count=250):
 def check_survivors(survivors):
     """The same after the attacks; survivors: {attack: (N,) bool, what was unbroken after it}, in their order."""
     names = list(survivors)
-    if "square" not in names or names.index("square") == 0:
+    others = names[: names.index("square")] if "square" in names else []
+    if not others:
         return []
-    before = torch.stack([survivors[name] for name in names[: names.index("square")]]).all(0)
+    before = torch.stack([survivors[name] for name in others]).all(0)
     more = int((before & ~survivors["square"]).sum())
     if more <= 0.002 * len(before):  # AutoAttack's threshold: one image in a thousand is the luck of a search
         return []
-    others = ", ".join(names[: names.index("square")])
     return [
-        f"Square, which uses no gradients, broke {more} of {len(before)} images that {others} could not: "
-        "the gradients may be masked, and the robust accuracy too high"
+        f"Square, which uses no gradients, broke {more} of {len(before)} images that {', '.join(others)} "
+        "could not: the gradients may be masked, and the robust accuracy too high"
     ]
 
 

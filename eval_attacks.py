@@ -74,6 +74,11 @@ def is_adversarial(model, x, x_adv, y, eps):
     return verdict
 
 
+def percent(right):
+    """How many of a bool tensor are True, in per cent."""
+    return 100 * int(right.sum()) / right.numel()
+
+
 # ---------------------------------------------------------------- losses, to be raised: (B,) from logits (B, classes)
 
 

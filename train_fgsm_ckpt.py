@@ -6,14 +6,15 @@ in networks that are fooled half-way to the perturbation they were trained on, a
 
     python train_fgsm_ckpt.py --eps 8
 
-Against train_fgsm.py: FGSM-RS, then forward passes that choose how far each image goes. The gradient is taken
-in train mode like every method's here (the authors' own code takes it in eval mode).
+Against train_fgsm.py: FGSM-RS, then forward passes that choose how far each image goes. The gradient is taken in eval
+mode, as in its authors' code; all other methods here take it in train mode.
 """
 
 import torch
 import torch.nn.functional as F
 
 import common
+from bookkeeping import Run
 from wrn import WideResNet
 
 PASSES = 6.5  # FGSM's 5; a forward pass of the clean images, and c - 1 of the ever fewer undecided ones
@@ -23,20 +24,19 @@ def fgsm_ckpt(model, x, y, eps, alpha, checkpoints):
     """The images to train on: x + (k / c) d, with the smallest k in 0..c that is misclassified, else k = c.
 
     x: (B, C, H, W) in [0, 1]; y: (B,) class indices; eps, alpha: in [0, 1] units; checkpoints: c.
-    d is the perturbation of FGSM-RS. Candidates are judged in eval mode, which leaves BatchNorm's statistics
-    alone, and only for images that no smaller k has decided.
+    d is the perturbation of FGSM-RS. Gradient and candidates see the network in eval mode, which leaves BatchNorm's
+    statistics as they are; a candidate is tried only on images that no smaller k has decided.
     """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     start = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1).requires_grad_()
-    model.requires_grad_(False)  # the attack needs no gradients of weights
     loss = F.cross_entropy(model(start), y)
     (gradient,) = torch.autograd.grad(loss, [start])
-    model.requires_grad_(True)
     x_adv = start.detach() + alpha * gradient.sign()
     x_adv = torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1)
 
-    direction, mode = x_adv - x, model.training
+    direction = x_adv - x
     undecided = torch.arange(len(x), device=x.device)
-    model.eval()
     with torch.no_grad():
         for k in range(checkpoints):
             candidate = x[undecided] + k / checkpoints * direction[undecided]
@@ -45,7 +45,8 @@ def fgsm_ckpt(model, x, y, eps, alpha, checkpoints):
             undecided = undecided[~fooled]
             if not len(undecided):
                 break
-    model.train(mode)
+    for module in training:
+        module.training = True
     return x_adv
 
 
@@ -65,14 +66,16 @@ def main():
     model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
-    run = common.Run(args, model, optimizer, data, PASSES)
+    run = Run(args, model, optimizer, data, PASSES)
     if args.compile:
         model.compile()
 
     eps, alpha = args.eps / 255, args.alpha / 255
-    for epoch in run.epochs():
-        for x, y in data.batches(epoch, args.batch_size, args.seed, run.done):
-            run.set_lr()
+    for epoch in range(run.epoch, args.epochs):
+        model.train()
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+            optimizer.param_groups[0].update(lr=lr, momentum=momentum)
             with common.autocast(args):
                 x_adv = fgsm_ckpt(model, x, y, eps, alpha, args.checkpoints)
                 logits = model(x_adv)
@@ -80,7 +83,7 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.count(loss, logits, y)
+            run.log(loss, logits, y)
         run.end_epoch()
     run.finish()
 

@@ -1,21 +1,22 @@
 #!/usr/bin/env python3
-"""FGSM-GA: FGSM plus a penalty on gradients that turn within the eps-ball.
+"""FGSM-GA: FGSM plus GradAlign, a penalty on gradients that turn within the eps-ball.
 
 Andriushchenko & Flammarion 2020, arXiv:2007.02617, eq. 4: lambda (1 - cos(grad L(x), grad L(x + u))), u in U(eps).
 
     python train_fgsm_ga.py --eps 8
 
-Against train_fgsm.py: a second gradient, and its penalty in the loss. Both gradients see the same weights,
-images and labels; the noise u and, because both are passes in train mode, the dropout masks and BatchNorm's batch
-statistics are each pass's own, as in the code of SLAT's authors. So the cosine stays below 1 even for a linear loss.
+Against train_fgsm.py: a second gradient, and its penalty in the loss. Each of the two passes in train mode has dropout
+masks and batch statistics of its own, as in the code of SLAT's authors: the cosine is below 1 even for a linear loss.
 """
 
 import torch
 import torch.nn.functional as F
 
 import common
+from bookkeeping import Run
 from wrn import WideResNet
 
+GA_LAMBDA = {4: 0.063, 8: 0.2, 12: 0.632, 16: 2.0}  # by eps, for CIFAR-10: those of its authors
 PASSES = 11  # FGSM's 5; forward, backward to the input at x + u; that graph backward to the weights: 4
 
 
@@ -26,10 +27,8 @@ def fgsm_ga(model, x, y, eps, alpha):
     is a constant; the one at x + u is differentiated through. Images with a zero gradient are left out of the mean.
     """
     start = x.detach().requires_grad_()
-    model.requires_grad_(False)  # the attack needs no gradients of weights
     loss = F.cross_entropy(model(start), y)
     (gradient,) = torch.autograd.grad(loss, [start])
-    model.requires_grad_(True)
     x_adv = x + alpha * gradient.sign()
 
     noisy = (x + torch.empty_like(x).uniform_(-eps, eps)).requires_grad_()
@@ -38,15 +37,18 @@ def fgsm_ga(model, x, y, eps, alpha):
     gradient, other = gradient.flatten(1), other.flatten(1)
     norms = gradient.norm(dim=1) * other.norm(dim=1)
     keep = norms > 0
-    cosine = (gradient * other).sum(1)[keep] / norms[keep]
-    return torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1), 1 - cosine.sum() / max(len(cosine), 1)
+    cosine = keep * (gradient * other).sum(1) / norms.where(keep, 1)
+    return torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1), 1 - cosine.sum() / keep.sum().clamp(min=1)
 
 
 def parse_args():
     parser = common.make_parser(__doc__)
     parser.add_argument("--alpha", type=common.number(float, 0, 255), help="step size, in 1/255 (default: eps)")
-    parser.add_argument("--ga-lambda", type=common.number(float, 0), default=0.2, help="weight of the misalignment")
+    parser.add_argument(
+        "--ga-lambda", type=common.number(float, 0), help="weight of the misalignment (default: by eps)"
+    )
     args = common.parse(parser)
+    common.by_eps(args, "ga_lambda", GA_LAMBDA)
     if args.compile:
         parser.error("argument --compile: torch.compile cannot differentiate twice, which this method does")
     args.alpha = args.eps if args.alpha is None else args.alpha
@@ -60,14 +62,16 @@ def main():
     model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
-    run = common.Run(args, model, optimizer, data, PASSES)
+    run = Run(args, model, optimizer, data, PASSES)
     if args.compile:
         model.compile()
 
     eps, alpha = args.eps / 255, args.alpha / 255
-    for epoch in run.epochs():
-        for x, y in data.batches(epoch, args.batch_size, args.seed, run.done):
-            run.set_lr()
+    for epoch in range(run.epoch, args.epochs):
+        model.train()
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+            optimizer.param_groups[0].update(lr=lr, momentum=momentum)
             with common.autocast(args):
                 x_adv, misalignment = fgsm_ga(model, x, y, eps, alpha)
                 logits = model(x_adv)
@@ -75,7 +79,7 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.count(loss, logits, y)
+            run.log(loss, logits, y)
         run.end_epoch()
     run.finish()
 

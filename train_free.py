@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+from bookkeeping import Run
 from wrn import WideResNet
 
 PASSES = 3  # of every replay: forward, backward to weights and input
@@ -41,16 +42,18 @@ def main():
     model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
-    run = common.Run(args, model, optimizer, data, PASSES, steps_per_batch=args.replays)
+    run = Run(args, model, optimizer, data, PASSES, args.replays)
     if args.compile:
         model.compile()
 
     eps = args.eps / 255
     delta = run.extra.get("delta", 0)
-    for epoch in run.epochs():
-        for x, y in data.batches(epoch, args.batch_size, args.seed, run.done):
-            for _ in range(run.step % args.replays, args.replays):
-                run.set_lr()
+    for epoch in range(run.epoch, args.epochs):
+        model.train()
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            for _ in range(args.replays):
+                lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+                optimizer.param_groups[0].update(lr=lr, momentum=momentum)
                 x_adv = (x + delta).clamp(0, 1).requires_grad_()
                 with common.autocast(args):
                     logits = model(x_adv)
@@ -59,7 +62,7 @@ def main():
                 loss.backward()
                 delta = run.extra["delta"] = free(x, x_adv.detach(), x_adv.grad, eps)
                 optimizer.step()
-                run.count(loss, logits, y)
+                run.log(loss, logits, y)
         run.end_epoch()
     run.finish()
 

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import common
+from bookkeeping import Run
 from wrn import WideResNet
 
-PASSES = 5  # forward, backward to the input; then forward, backward to the weights (which costs two)
+PASSES = 5  # forward, backward to the input; then forward, backward to weights and activations (two)
 
 
 def n_fgsm(model, x, y, alpha, noise):
@@ -24,10 +25,8 @@ def n_fgsm(model, x, y, alpha, noise):
     Both x0 and x' are clipped to [0, 1] alone: x' may lie noise + alpha away from x.
     """
     start = (x + torch.empty_like(x).uniform_(-noise, noise)).clamp(0, 1).requires_grad_()
-    model.requires_grad_(False)  # the attack needs no gradients of weights
     loss = F.cross_entropy(model(start), y)
     (gradient,) = torch.autograd.grad(loss, [start])
-    model.requires_grad_(True)
     x_adv = start.detach() + alpha * gradient.sign()
     return x_adv.clamp(0, 1)
 
@@ -48,14 +47,16 @@ def main():
     model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
-    run = common.Run(args, model, optimizer, data, PASSES)
+    run = Run(args, model, optimizer, data, PASSES)
     if args.compile:
         model.compile()
 
     eps, alpha = args.eps / 255, args.alpha / 255
-    for epoch in run.epochs():
-        for x, y in data.batches(epoch, args.batch_size, args.seed, run.done):
-            run.set_lr()
+    for epoch in range(run.epoch, args.epochs):
+        model.train()
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+            optimizer.param_groups[0].update(lr=lr, momentum=momentum)
             with common.autocast(args):
                 x_adv = n_fgsm(model, x, y, alpha, args.noise * eps)
                 logits = model(x_adv)
@@ -63,7 +64,7 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.count(loss, logits, y)
+            run.log(loss, logits, y)
         run.end_epoch()
     run.finish()
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+from bookkeeping import Run
 from wrn import WideResNet
 
 
@@ -25,14 +26,12 @@ def pgd(model, x, y, eps, alpha, steps, init="zero"):
     x_adv = x
     if init == "uniform":
         x_adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
-    model.requires_grad_(False)  # the attack needs no gradients of weights
     for _ in range(steps):
         start = x_adv.detach().requires_grad_()
         loss = F.cross_entropy(model(start), y)
         (gradient,) = torch.autograd.grad(loss, [start])
         x_adv = start.detach() + alpha * gradient.sign()
         x_adv = torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1)
-    model.requires_grad_(True)
     return x_adv
 
 
@@ -54,14 +53,16 @@ def main():
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
     passes = 2 * args.steps + 3  # forward and backward to the input for a step; then 3 for the weights
-    run = common.Run(args, model, optimizer, data, passes)
+    run = Run(args, model, optimizer, data, passes)
     if args.compile:
         model.compile()
 
     eps, alpha = args.eps / 255, args.alpha / 255
-    for epoch in run.epochs():
-        for x, y in data.batches(epoch, args.batch_size, args.seed, run.done):
-            run.set_lr()
+    for epoch in range(run.epoch, args.epochs):
+        model.train()
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+            optimizer.param_groups[0].update(lr=lr, momentum=momentum)
             with common.autocast(args):
                 x_adv = pgd(model, x, y, eps, alpha, args.steps, args.init)
                 logits = model(x_adv)
@@ -69,7 +70,7 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.count(loss, logits, y)
+            run.log(loss, logits, y)
         run.end_epoch()
     run.finish()
 

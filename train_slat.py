@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 import common
+from bookkeeping import Run
 from wrn import LAYERS, WideResNet
 
-PASSES = 5  # forward, backward to the input; then forward, backward to the weights (which costs two)
+PASSES = 5  # forward, backward to the input; then forward, backward to weights and activations (two)
 
 
 def slat(model, x, y, eps, layers, eta, input_step, latent_clamp=True, init="zero"):
@@ -34,22 +35,20 @@ def slat(model, x, y, eps, layers, eta, input_step, latent_clamp=True, init="zer
     if init == "uniform":
         start = (start + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
     start = start.requires_grad_()
-    model.requires_grad_(False)  # the attack needs no gradients of weights
     logits, h = model(start, return_features=True)
     loss = F.cross_entropy(logits, y)
     gradients = torch.autograd.grad(loss, [h[name] for name in layers])
-    model.requires_grad_(True)
     x_adv, delta = start.detach(), {}
     for name, gradient in zip(layers, gradients):
         if name == "0":
             x_adv = x_adv + input_step * gradient.sign()
             continue
-        h_k = h[name].detach()
-        delta[name] = eta * gradient.sign()
+        # Eq. 4 in the precision of x, float32, whatever the network computes in: bfloat16 would round h + delta.
+        delta[name] = gradient.to(x.dtype).sign_().mul_(eta)
         if latent_clamp:
-            # Global max pooling: on a CPU ten times faster than amin and amax over the same two axes.
-            low, high = -F.adaptive_max_pool2d(-h_k, 1), F.adaptive_max_pool2d(h_k, 1)
-            delta[name] = torch.minimum(torch.maximum(h_k + delta[name], low), high) - h_k  # clamp is slower there
+            h_k = h[name].detach().to(x.dtype)
+            low, high = h_k.amin((2, 3), keepdim=True), h_k.amax((2, 3), keepdim=True)
+            delta[name].clamp_(low - h_k, high - h_k)
     return torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1), delta
 
 
@@ -79,15 +78,17 @@ def main():
     model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
     model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
-    run = common.Run(args, model, optimizer, data, PASSES)
+    run = Run(args, model, optimizer, data, PASSES)
     if args.compile:
         model.compile()
 
     eps = args.eps / 255
     eta, input_step = args.eta * eps, args.input_step * eps
-    for epoch in run.epochs():
-        for x, y in data.batches(epoch, args.batch_size, args.seed, run.done):
-            run.set_lr()
+    for epoch in range(run.epoch, args.epochs):
+        model.train()
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+            optimizer.param_groups[0].update(lr=lr, momentum=momentum)
             with common.autocast(args):
                 x_adv, delta = slat(model, x, y, eps, args.layers, eta, input_step, args.latent_clamp, args.init)
                 logits = model(x_adv, delta=delta)
@@ -95,7 +96,7 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            run.count(loss, logits, y)
+            run.log(loss, logits, y)
         run.end_epoch()
     run.finish()
 

@@ -9,7 +9,6 @@ group. Normalisation is the first thing inside the network, so everything outsid
 """
 
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -17,25 +16,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 LAYERS = ("0", "conv1", "conv2", "conv3", "conv4")
-
-
-def dropout(x, p):
-    """F.dropout for a training network; on a CPU one 64-bit random word serves four elements.
-
-    There F.dropout draws one number an element, which takes longer than the convolutions of a WRN-16-2.
-    p is rounded to a multiple of 2^-16, and the kept elements are scaled by that p.
-    """
-    if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    dropped = round(p * 2**16)
-    scale = 1 / (1 - dropped / 2**16)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    keep = words.view(torch.int16)[: x.numel()].ge_(dropped - 2**15)  # 0 or 1, in place: ten times as fast as to bool
-    if x.dtype == torch.bfloat16:  # times the scale's bits: no conversion either
-        keep = keep.mul_(int(torch.tensor(scale, dtype=x.dtype).view(torch.int16))).view(x.dtype)
-    else:
-        keep = keep.to(x.dtype).mul_(scale)
-    return x * keep.as_strided(x.size(), x.stride())
 
 
 class Block(nn.Module):
@@ -53,9 +33,9 @@ class Block(nn.Module):
             self.shortcut = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
 
     def forward(self, x):
-        activated = F.relu(self.bn1(x), inplace=True)
+        activated = F.relu(compute_dtype(self.bn1(x)), inplace=True)
         out = self.bn2(self.conv1(activated))
-        if self.training:  # before the ReLU, which gives the same: the backward pass has a tensor less to keep
+        if self.training:  # before the ReLU: the same result, and one tensor less to keep for the backward pass
             out = dropout(out, self.p)
         out = self.conv2(F.relu(out, inplace=True))
         return out + (x if self.shortcut is None else self.shortcut(activated))
@@ -98,19 +78,19 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def compile(self, *args, **kwargs):
-        """torch.compile each group in place: of a network compiled whole, h would not be part of the graph."""
+        """torch.compile each group in place: compiled whole, the network returns an h that is off the graph."""
         for group in (self.conv2, self.conv3, self.conv4):
             group.compile(*args, **kwargs)
 
     def forward(self, x, delta=None, return_features=False):
-        """Logits (B, num_classes) in float32; with return_features also {name: h_name}.
+        """Logits (B, num_classes) in float32; with return_features also {name: h_name}, delta included.
 
-        delta: {name: tensor of that layer's shape}, added to that layer's output before it goes on;
-        h_name is what goes on. ValueError for a name that is none of LAYERS.
+        delta: {name: float32 tensor of that layer's shape}, added to that layer's output in float32: near 16,
+        bfloat16 moves in steps of 2 eta. ValueError for a name that is not in LAYERS.
         """
         delta, h = delta or {}, {}
         if not set(delta) <= set(LAYERS):
-            raise ValueError(f"no layer {sorted(set(delta) - set(LAYERS))}: the layers are {', '.join(LAYERS)}")
+            raise ValueError(f"unknown layer {sorted(set(delta) - set(LAYERS))}: choose from {', '.join(LAYERS)}")
         for name in LAYERS:
             if name == "conv1":
                 x = (x - self.mean) / self.std
@@ -125,50 +105,63 @@ class WideResNet(nn.Module):
         return (logits, h) if return_features else logits
 
 
-def load_file(path):
-    """The dictionary in a file written by torch.save, on the CPU; weights_only: it cannot run code.
+def compute_dtype(x):
+    """x in the precision of the convolutions: h + delta is float32 until BatchNorm has read it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
-    ValueError in one line where there is no such file or it is damaged.
+
+def dropout(x, p):
+    """F.dropout in train mode. On a CPU a 64-bit random word decides on four elements: a third of a step saved.
+
+    There p is rounded to a multiple of 2^-16, and what is kept is scaled by 1 / (1 - that p).
+    """
+    if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    dropped = round(p * 2**16)
+    scale = 1 / (1 - dropped / 2**16)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    keep = words.view(torch.int16)[: x.numel()].ge_(dropped - 2**15)  # 0 or 1, in place: ten times as fast as to bool
+    if x.dtype == torch.bfloat16:  # times the bits of the scale, which needs no conversion
+        keep = keep.mul_(int(torch.tensor(scale, dtype=x.dtype).view(torch.int16))).view(x.dtype)
+    else:
+        keep = keep.to(x.dtype).mul_(scale)
+    return x * keep.as_strided(x.size(), x.stride())
+
+
+def load_file(path):
+    """The dictionary in a file written by torch.save, on the CPU. weights_only: the file cannot run code.
+
+    ValueError in one line if the file is missing or damaged.
     """
     if not Path(path).is_file():
         raise ValueError(f"no file {path}")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch.save packs nothing: what unpacks to more is no checkpoint
-                if any(info.file_size != info.compress_size for info in archive.infolist()):
-                    raise ValueError
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign pickles, which are refused below anyway
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # zipfile, pickle, torch: whatever a damaged file makes them raise
+    except Exception:  # pickle, zip and torch each raise their own for a damaged file
         content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged or no checkpoint of this project")
+        raise ValueError(f"{path} is damaged, or not a checkpoint of this project")
     return content
 
 
 def load_model(path, device="cpu"):
-    """The network of a run in eval mode, channels_last: path is a run folder (its model.pt) or any .pt of it.
+    """The network of a run in eval mode, channels_last. path: a run folder (its model.pt), or one of its .pt files.
 
-    ValueError in one line where the file is missing, damaged or does not fit.
+    ValueError in one line if the file is missing, damaged or does not fit.
     """
     path = Path(path)
     if path.is_dir():
         if not (path / "model.pt").exists() and (path / "checkpoint.pt").exists():
-            raise ValueError(f"{path} is not finished: name {path / 'checkpoint.pt'} to take it as it stands")
+            raise ValueError(f"{path} is not finished: name {path / 'checkpoint.pt'} to load it as it stands")
         path = path / "model.pt"
     content = load_file(path)
     try:
-        arguments, weights = content["arguments"], content["state_dict"]
-        if arguments["depth"] > 1000:
-            raise ValueError(f"depth {arguments['depth']}")
-        with torch.device("meta"):  # takes no memory, however wide
-            shapes = {name: value.shape for name, value in WideResNet(**arguments).state_dict().items()}
-        if shapes != {name: value.shape for name, value in weights.items()}:
-            raise ValueError("shapes do not fit the arguments")
-        model = WideResNet(**arguments)
-        model.load_state_dict(weights)
+        model = WideResNet(**content["arguments"])
+        model.load_state_dict(content["state_dict"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} holds no weights of a WideResNet ({reason})") from None
+        raise ValueError(f"{path} does not hold the weights of a WideResNet ({reason})") from None
     return model.to(device, memory_format=torch.channels_last).eval()

@@ -247,7 +247,7 @@ def load_arrays(name, data_dir):
         fail(f"no data set {name!r}: give cifar10, cifar100 or the path of an .npz")
     try:
         with np.load(path, allow_pickle=False) as file:  # so that it cannot run code
-            arrays = {key: file[key] for key in NAMES}
+            arrays = {key: np.asarray(file[key]) for key in NAMES}
             classes = [str(c) for c in file["classes"]] if "classes" in file else []
     except Exception as error:  # zipfile, zlib and numpy each raise their own for a damaged file
         fail(f"{path} is not a data set, which needs {', '.join(NAMES)} ({first_line(error)})")

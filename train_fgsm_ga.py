@@ -48,10 +48,10 @@ def parse_args():
         "--ga-lambda", type=common.number(float, 0), help="weight of the misalignment (default: by eps)"
     )
     args = common.parse(parser)
-    common.by_eps(args, "ga_lambda", GA_LAMBDA)
     if args.compile:
         parser.error("argument --compile: torch.compile cannot differentiate twice, which this method does")
     args.alpha = args.eps if args.alpha is None else args.alpha
+    common.by_eps(args, "ga_lambda", GA_LAMBDA)
     return args
 
 

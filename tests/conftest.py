@@ -1,9 +1,14 @@
+import importlib
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 # One thread: what the tests compute is too small for two, and runs in other processes must match bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
@@ -12,12 +17,15 @@ import torch.nn.functional as F
 
 import common
 import train_fgsm
-from wrn import WideResNet
+from wrn import WideResNet, load_file
 
 torch.set_num_threads(1)
 TINY = "data/cifar10_tiny.npz"
 # A network and data that make a run of two epochs take a second.
 SMALL = f"--dataset {TINY} --depth 10 --width 1 --limit-train 128 --batch-size 32 --monitor 16 --device cpu"
+# Every method: a new train_*.py is found and tested without an entry anywhere.
+SCRIPTS = {path.stem.removeprefix("train_"): importlib.import_module(path.stem) for path in ROOT.glob("train_*.py")}
+TIMES = {"seconds", "images_per_second", "monitor_seconds"}
 
 
 class SmoothNet(nn.Module):
@@ -75,6 +83,35 @@ def train(method, epochs, out):
     command = [sys.executable, f"train_{method}.py", *SMALL.split(), "--epochs", str(epochs), "--out", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return out
+
+
+def rows(run):
+    """metrics.jsonl without what a clock says."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def assert_same(a, b):
+    """The same content, to the last bit, but for what a clock says."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a.keys() - TIMES:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def assert_same_run(a, b):
+    assert rows(a) == rows(b)
+    for file in ("model.pt", "best.pt", "checkpoint.pt"):
+        assert_same(load_file(a / file), load_file(b / file))
 
 
 EPS = 8 / 255

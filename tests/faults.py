@@ -24,10 +24,9 @@ import torch
 
 import common
 import eval_attacks
-from conftest import SMALL
-from test_runs import assert_same_run, rows
+from conftest import SMALL, assert_same_run, rows
 
-TRAIN = f"{SMALL} --checkpoint-minutes 0"
+TRAIN = SMALL
 
 
 class SlowFile:

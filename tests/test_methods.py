@@ -1,5 +1,7 @@
 """The mathematics of the methods, each against something computed another way."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,6 +99,24 @@ def test_latent_clamp_keeps_h_plus_delta_in_the_range_of_h(smooth):
         inside = (far >= low) & (far <= high)
         assert 0 < inside.sum() < inside.numel()
         torch.testing.assert_close(held[name][inside], free[name][inside])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("eps", [4 / 255, 8 / 255])
+def test_latents_move_by_eta_in_every_precision(trained, tiny, precision, eps):
+    """bfloat16 steps by 2 eta between 8 and 16: h + delta must be float32, and so must what goes on."""
+    model, (x, y) = copy.deepcopy(trained[0]).train(), tiny.train(64)  # it has no dropout: all passes are equal
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        h = model(x, return_features=True)[1]
+        for latent_clamp in (True, False):
+            with torch.enable_grad():
+                _, delta = train_slat.slat(model, x, y, eps, LAYERS, eps, eps, latent_clamp)
+            for name, d in delta.items():
+                assert d.dtype == torch.float32 and d.abs().max() <= eps
+                moved = model(x, delta={name: d}, return_features=True)[1][name] - h[name].float()
+                assert moved.abs().max() <= eps * (1 + 1e-3), name
+                if not latent_clamp:
+                    assert moved.abs().mean() == pytest.approx(eps, rel=0.01)
 
 
 @pytest.mark.parametrize("init", ["zero", "uniform"])

@@ -6,6 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchattacks
 
+import common
 import train_fgsm_ckpt
 import train_fgsm_ga
 import train_fgsm_rs
@@ -103,6 +104,7 @@ def test_fgsm_ckpt_trains_on_the_first_point_that_fools(smooth):
     radius = 0.06
     torch.manual_seed(4)
     end = train_fgsm_rs.fgsm_rs(network, x, y, radius, 1.25 * radius)
+    assert network.training
     expected, chosen = end.clone(), []
     for i in range(40):
         for k in range(4):
@@ -119,25 +121,29 @@ def test_fgsm_ckpt_trains_on_the_first_point_that_fools(smooth):
     torch.testing.assert_close(x_adv, expected)
     assert torch.equal(x_adv[0], x[0])  # wrong as it is: left clean, to the bit
     assert model.training
-    # One pass in train mode for the direction; then each candidate for those that are still undecided.
+    # One pass for the direction; then each candidate for those that are still undecided. All in eval mode.
     undecided = [sum(k >= j for k in chosen) for j in range(3)]
-    assert model.calls == [(True, 40)] + [(False, n) for n in undecided]
+    assert model.calls == [(False, n) for n in (40, *undecided)]
 
 
-def test_fgsm_ckpt_leaves_the_statistics_as_fgsm_rs_does():
+def test_fgsm_ckpt_leaves_statistics_and_modes_as_they_were():
     torch.manual_seed(0)
-    x, y = torch.rand(8, 3, 16, 16), torch.arange(8)
-    buffers = []
-    for attack in (
-        lambda m: train_fgsm_rs.fgsm_rs(m, x, y, EPS, EPS),
-        lambda m: train_fgsm_ckpt.fgsm_ckpt(m, x, y, EPS, EPS, 3),
-    ):
+    x, y, model = torch.rand(8, 3, 16, 16), torch.arange(8), WideResNet(10, 1).train()
+    model.conv2.eval()  # somebody's frozen BatchNorm
+    modes = [module.training for module in model.modules()]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    end = train_fgsm_ckpt.fgsm_ckpt(model, x, y, EPS, EPS, 1)
+    assert (end != x).any()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert modes == [module.training for module in model.modules()]
+    # The direction is that of the network in eval mode, and what is right as it is goes to its end.
+    y = model.eval()(x).argmax(1)
+    ends = []
+    for attack in (lambda: train_fgsm_ckpt.fgsm_ckpt(model.train(), x, y, EPS, EPS, 1),
+                   lambda: train_fgsm_rs.fgsm_rs(model.eval(), x, y, EPS, EPS)):  # fmt: skip
         torch.manual_seed(1)
-        model = WideResNet(10, 1).train()
-        attack(model)
-        buffers.append(dict(model.named_buffers()))
-    assert all(torch.equal(buffers[0][key], buffers[1][key]) for key in buffers[0])
-    assert buffers[0]["bn.num_batches_tracked"] == 1
+        ends.append(attack())
+    assert torch.equal(*ends)
 
 
 class HalfDead(nn.Module):
@@ -282,16 +288,13 @@ def test_yopo_runs_the_network_m_times_and_its_first_layer_n_times_more():
     assert count == {"conv2": 5, "conv1": 5 * (1 + 3 + 1)}
 
 
-def test_yopo_takes_one_step_on_the_mean_over_m(cli, tmp_path, monkeypatch):
-    seen = []
-    original = torch.optim.SGD.step
+def test_yopo_takes_one_step_on_the_sum_with_lr_over_m(cli, tmp_path, monkeypatch):
+    seen, summed, yopo, original = [], [], train_yopo.yopo, torch.optim.SGD.step
 
     def step(self, *args, **kwargs):
-        seen.append(self.param_groups[0]["params"][-1].grad.clone())
+        group = self.param_groups[0]
+        seen.append((group["lr"], group["params"][-1].grad.clone()))
         return original(self, *args, **kwargs)
-
-    summed = []
-    yopo = train_yopo.yopo
 
     def noted(model, *args):
         result = yopo(model, *args)
@@ -302,5 +305,15 @@ def test_yopo_takes_one_step_on_the_mean_over_m(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(train_yopo, "yopo", noted)
     assert cli(train_yopo, f"{SMALL} --epochs 1 --outer 4 --out {tmp_path / 'run'}")[0] == 0
     assert len(seen) == len(summed) == 4
-    for a, b in zip(seen, summed):
-        torch.testing.assert_close(a, b / 4)
+    for i, ((lr, gradient), expected) in enumerate(zip(seen, summed)):
+        assert lr == pytest.approx(common.cyclic(i / 4, 0.2)[0] / 4) and torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize(("eps", "expected"), [(8, 0.2), (16, 2.0), (4, 0.063), (11, 0.632), (2, 0.063), (40, 2.0)])
+def test_gradaligns_lambda_follows_eps(monkeypatch, capsys, eps, expected):
+    monkeypatch.setattr("sys.argv", ["train_fgsm_ga.py", "--eps", str(eps)])
+    args = train_fgsm_ga.parse_args()
+    assert args.ga_lambda == expected and "ga_lambda" not in args.not_default
+    assert f"--ga-lambda {expected:g}, the value for eps" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["train_fgsm_ga.py", "--eps", str(eps), "--ga-lambda", "1"])
+    assert train_fgsm_ga.parse_args().ga_lambda == 1

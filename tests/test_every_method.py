@@ -1,0 +1,201 @@
+"""What every method must pass. A new train_*.py is found by itself; nothing here needs to be edited for it."""
+
+import argparse
+import contextlib
+import copy
+import inspect
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import bookkeeping
+import common
+import train_fgsm
+from conftest import SCRIPTS, SMALL, assert_same_run, rows
+from wrn import WideResNet, load_file, load_model
+
+every_method = pytest.mark.parametrize("name", SCRIPTS)
+
+
+@every_method
+def test_a_run_leaves_what_it_promises(cli, tmp_path, name):
+    run = tmp_path / "run"
+    code, out, _ = cli(SCRIPTS[name], f"{SMALL} --epochs 2 --seed 3 --out {run}")
+    assert code == 0
+    assert {path.name for path in run.iterdir()} == set(bookkeeping.FILES)
+    config = json.loads((run / "config.json").read_text())
+    assert config["seed"] == 3 and config["torch"] == torch.__version__ and config["device"] == "cpu"
+    given = {flag.split()[0].replace("-", "_") for flag in f" {SMALL} --epochs 2 --seed 3 --out x".split(" --")[1:]}
+    assert set(config["not_default"]) == given and config["method"] == name
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keys = (
+        "epoch step lr loss train_acc seconds images_per_second test_clean test_fgsm test_pgd10 train_pgd10 alignment"
+    )
+    replays = config.get("replays", 1)
+    assert [row["epoch"] for row in metrics] == [1, 2]
+    assert [row["step"] for row in metrics] == [4 * replays, 8 * replays]
+    assert all(np.isfinite(row["loss"]) for row in metrics)
+    assert all(set(keys.split()) <= set(row) for row in metrics)
+    assert metrics[-1]["lr"] == pytest.approx(0.2 / (8 * replays) / 0.6 / config.get("outer", 1))
+    assert max(map(len, out.splitlines())) <= 80 + len(str(run))
+    model = load_model(run)
+    final = load_file(run / "checkpoint.pt")
+    assert all(torch.equal(value, final["state_dict"][key]) for key, value in model.state_dict().items())
+    assert final["best"] == max(row["train_pgd10"] for row in metrics)
+
+
+def flags_of(cli, monkeypatch, script):
+    """The flags that a script has beside the shared ones, each with a value that is not its default."""
+    seen = {}
+    shared = {action.dest for action in common.make_parser("")._actions}
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "parse", lambda parser: seen.update(parser=parser) or parser.error("seen"))
+        cli(script, "")
+    for action in seen["parser"]._actions:
+        if action.dest in shared:
+            continue
+        flag, default = action.option_strings[0], action.default
+        if isinstance(action, argparse.BooleanOptionalAction):
+            yield action.option_strings[bool(default)]
+        elif action.nargs == 0:
+            yield flag
+        elif action.choices:
+            yield f"{flag} {next(choice for choice in action.choices if choice != default)}"
+        elif flag == "--layers":
+            yield f"{flag} 0,conv1"
+        elif default is None:
+            yield f"{flag} 8"
+        else:
+            yield f"{flag} {max(default - 1, 1) if isinstance(default, int) else default / 2}"
+
+
+TRAINING_FLAGS = "eps 4,batch-size 8,lr-max 0.1,weight-decay 0,no-momentum-cycle,dropout 0,seed 1,precision fp32"
+
+
+@every_method
+def test_every_flag_of_a_script_reaches_the_training(cli, monkeypatch, tmp_path, name):
+    changes = list(flags_of(cli, monkeypatch, SCRIPTS[name]))
+    changes += [f"--{flag}" for flag in TRAINING_FLAGS.split(",")] * (name == "fgsm")
+    default = weights_after(cli, SCRIPTS[name], tmp_path / "default", "")
+    for i, flags in enumerate(changes):
+        changed = weights_after(cli, SCRIPTS[name], tmp_path / str(i), flags)
+        assert any(not torch.equal(changed[key], default[key]) for key in default), f"{flags} changes nothing"
+
+
+def weights_after(cli, script, run, flags):
+    code, _, err = cli(script, f"{SMALL} --epochs 1 --limit-train 64 --monitor 1 --eps 16 --seed 0 {flags} --out {run}")
+    assert code == 0, err
+    return load_file(run / "model.pt")["state_dict"]
+
+
+@every_method
+def test_killed_and_resumed_is_uninterrupted(cli, tmp_path, monkeypatch, name):
+    flags = f"{SMALL} --epochs 3 --limit-train 64 --out"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert cli(SCRIPTS[name], f"{flags} {whole}")[0] == 0
+    original, made = torch.optim.SGD.step, []
+
+    def step(self, *args, **kwargs):  # until the middle of the second epoch
+        made.append(1)
+        if len(made) > 1.5 * rows(whole)[0]["step"]:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", step)
+        assert cli(SCRIPTS[name], f"{flags} {killed}")[0] == 130
+    assert len(rows(killed)) == 1
+    code, out, _ = cli(SCRIPTS[name], f"{flags} {killed} --resume")
+    assert code == 0 and "resumed  after epoch 1 of 3" in out
+    assert_same_run(whole, killed)
+    before = (killed / "model.pt").read_bytes()
+    assert cli(SCRIPTS[name], f"{flags} {killed} --resume")[0] == 0  # nothing left to do
+    assert (killed / "model.pt").read_bytes() == before
+
+
+@every_method
+def test_help_shows_every_flag(cli, name):
+    code, out, _ = cli(SCRIPTS[name], "--help")
+    assert code == 0 and "--eps" in out and "(default: None)" not in out
+    assert len(inspect.getsource(SCRIPTS[name]).splitlines()) <= 110
+
+
+class Recorded:
+    """Stands in for a script's WideResNet: builds the network, freezes its last layer, remembers its weights."""
+
+    def __init__(self, build):
+        self.build = build
+
+    def __call__(self, depth, width, classes, *rest):
+        self.model = self.build(depth, width, classes, *rest)
+        for parameter in self.frozen():
+            parameter.requires_grad_(False)
+        self.before = copy.deepcopy(self.model.state_dict())
+        return self.model
+
+    def frozen(self):
+        return list(self.model.parameters())[-2:]
+
+
+def resnet(depth, width, classes, *rest):
+    model = torchvision.models.resnet18(num_classes=classes)
+    model.arguments = {"depth": 18, "width": 1, "dropout": 0}
+    return model
+
+
+@every_method
+def test_the_method_can_be_pasted(cli, monkeypatch, tmp_path, name):
+    """Its source alone, with torch and F, trains a torchvision ResNet (or what has the features that it needs)."""
+    source = inspect.getsource(getattr(SCRIPTS[name], name))
+    names = {"torch": torch, "F": F}
+    exec(source, names)
+    network = Recorded(WideResNet if "return_features" in source else resnet)
+    monkeypatch.setattr(SCRIPTS[name], name, names[name])
+    monkeypatch.setattr(SCRIPTS[name], "WideResNet", network)
+    code, _, err = cli(SCRIPTS[name], f"{SMALL} --limit-train 64 --monitor 1 --epochs 1 --out {tmp_path / 'run'}")
+    assert code == 0, err
+    after = dict(network.model.named_parameters())
+    assert not any(parameter.requires_grad for parameter in network.frozen())
+    moved = {key for key in after if not torch.equal(after[key], network.before[key])}
+    assert moved == {key for key, parameter in after.items() if parameter.requires_grad}
+
+
+@every_method
+def test_a_step_never_makes_the_host_wait(cli, monkeypatch, tmp_path, name):
+    """On meta tensors, whatever needs a value on the host fails, and so does what mixes devices."""
+    monkeypatch.setattr(common, "find_device", lambda _: torch.device("meta"))
+    for module, attribute in ((torch, "autocast"), (common, "autocast")):
+        monkeypatch.setattr(module, attribute, lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    steps = []
+    monkeypatch.setattr(SCRIPTS[name].Run, "end_epoch", lambda run: steps.append(run.step))
+    monkeypatch.setattr(SCRIPTS[name].Run, "finish", lambda run: None)
+    flags = f"{SMALL} --device meta --epochs 1 --out {tmp_path / 'run'}"
+    if name == "fgsm_ckpt":  # asks which images are undecided
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            cli(SCRIPTS[name], flags)
+        return
+    code, _, err = cli(SCRIPTS[name], flags)
+    assert code == 0, err
+    assert steps and steps[0] >= 4
+
+
+def test_a_slow_step_would_be_noticed(cli, monkeypatch, tmp_path):
+    """The test above fails on a method that looks at a value."""
+    plain = train_fgsm.fgsm
+    monkeypatch.setattr(train_fgsm, "fgsm", lambda *args: plain(*args) * float(args[1].max() > 0))
+    with pytest.raises(RuntimeError):
+        test_a_step_never_makes_the_host_wait(cli, monkeypatch, tmp_path, "fgsm")
+
+
+def test_a_new_method_is_one_new_file():
+    """No file but a script itself names the methods that must be trained, timed and tested."""
+    assert {"fgsm", "slat"} <= SCRIPTS.keys()
+    for name, module in SCRIPTS.items():
+        assert callable(getattr(module, name)) and callable(module.parse_args)
+        assert re.match(r"[^\n]+\n\n.*arXiv:\d{4}\.\d{4,5}", module.__doc__, re.S)

@@ -128,7 +128,9 @@ def test_fgsm_ckpt_trains_on_the_first_point_that_fools(smooth):
 
 def test_fgsm_ckpt_leaves_statistics_and_modes_as_they_were():
     torch.manual_seed(0)
-    x, y, model = torch.rand(8, 3, 16, 16), torch.arange(8), WideResNet(10, 1).train()
+    x, model = torch.rand(8, 3, 16, 16), WideResNet(10, 1)
+    y = model.eval()(x).argmax(1)  # what is right as it is goes to the end of the direction
+    model.train()
     model.conv2.eval()  # somebody's frozen BatchNorm
     modes = [module.training for module in model.modules()]
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -136,9 +138,7 @@ def test_fgsm_ckpt_leaves_statistics_and_modes_as_they_were():
     assert (end != x).any()
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert modes == [module.training for module in model.modules()]
-    # The direction is that of the network in eval mode, and what is right as it is goes to its end.
-    y = model.eval()(x).argmax(1)
-    ends = []
+    ends = []  # the direction is that of the network in eval mode
     for attack in (lambda: train_fgsm_ckpt.fgsm_ckpt(model.train(), x, y, EPS, EPS, 1),
                    lambda: train_fgsm_rs.fgsm_rs(model.eval(), x, y, EPS, EPS)):  # fmt: skip
         torch.manual_seed(1)

@@ -10,27 +10,7 @@ from torchattacks.attacks.fab import projection_linf
 
 import eval_attacks
 from conftest import EPS, SHORT, Linear, SmoothNet
-from eval_attacks import (
-    ATTACKS,
-    AUTOATTACK,
-    Apgd,
-    Square,
-    apgd,
-    autoattack,
-    check_network,
-    check_survivors,
-    checkpoints,
-    cross_entropy,
-    dlr,
-    dlr_targeted,
-    fab,
-    is_adversarial,
-    pgd,
-    predict,
-    project_to_plane,
-    search,
-    square,
-)
+from eval_attacks import ATTACKS, AUTOATTACK, Apgd, Square, apgd, check_network, is_adversarial, pgd, predict, search
 
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 
@@ -39,7 +19,7 @@ def images(n, seed=2, size=2):
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed)).double()
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.01, 0.05, 0.5])
+@pytest.mark.parametrize("eps", [0.01, 0.05, 0.5])
 @pytest.mark.parametrize(
     ("name", "classes"), [*((name, 2) for name in ATTACKS), ("apgd-t", 3), ("apgd-t", 4), ("apgd-t", 12)]
 )
@@ -57,7 +37,7 @@ def test_the_closed_form_of_a_linear_network_is_reached(name, classes, eps):
     robust, x_adv = ATTACKS[name](model, x, y, eps, batch_size=64, **options)
     assert torch.equal(robust, expected)
     assert is_adversarial(model, x, x_adv, y, eps)[~robust].all()
-    assert torch.equal(x_adv, x) if eps == 0 else expected.double().mean() < 0.95
+    assert expected.double().mean() < 0.95
 
 
 @every_attack
@@ -65,14 +45,14 @@ def test_claims_hold_whatever_the_batch_size(trained, name):
     model, x, y = trained
     model, x, y = model.double(), x[:30].double(), y[:30]
     verdicts = []
-    for batch_size in (1000, 30, 7, 1):
+    for batch_size in (1000, 7, 1):
         robust, x_adv = ATTACKS[name](model, x, y, EPS, batch_size=batch_size, **SHORT[name])
         assert torch.equal(is_adversarial(model, x, x_adv, y, EPS), ~robust)
         assert ((x_adv - x).abs() <= EPS + 1e-9).all() and x_adv.min() >= 0 and x_adv.max() <= 1
         verdicts.append(robust)
     model.float()
     assert all(torch.equal(robust, verdicts[0]) for robust in verdicts)
-    assert 0 < verdicts[0].sum() < 30
+    assert 0 < verdicts[0].sum() < (predict(model, x.float()) == y).sum()
 
 
 @every_attack
@@ -89,25 +69,22 @@ def test_one_image_no_image_and_images_that_are_wrong(trained, name):
     assert torch.equal(robust, predict(model, x) == y) and torch.equal(x_adv, x)
 
 
-# ---------------------------------------------------------------- losses
-
-
 def test_dlr_by_hand():
     logits = torch.tensor([[5.0, 1.0, 3.0, 0.0], [2.0, 6.0, 1.0, 4.0]])
     y = torch.tensor([0, 0])
-    assert dlr(logits, y).tolist() == pytest.approx([-2 / 4, 4 / 4])
-    assert dlr_targeted(logits, y, torch.tensor([1, 3])).tolist() == pytest.approx([-4 / 4.5, 2 / 4.5])
-    assert dlr(3 * logits + 7, y).tolist() == pytest.approx(dlr(logits, y).tolist())
+    assert eval_attacks.dlr(logits, y).tolist() == pytest.approx([-2 / 4, 4 / 4])
+    assert eval_attacks.dlr(logits, y, torch.tensor([1, 3])).tolist() == pytest.approx([-4 / 4.5, 2 / 4.5])
+    assert eval_attacks.dlr(3 * logits + 7, y).tolist() == pytest.approx(eval_attacks.dlr(logits, y).tolist())
     theirs = torchattacks.APGDT(nn.Identity()).dlr_loss_targeted(logits, y, torch.tensor([1, 3]))
-    torch.testing.assert_close(dlr_targeted(logits, y, torch.tensor([1, 3])), theirs)
+    torch.testing.assert_close(eval_attacks.dlr(logits, y, torch.tensor([1, 3])), theirs)
 
 
-# ---------------------------------------------------------------- APGD
-
-
-def test_checkpoints_by_hand():
-    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
-    assert [math.ceil(100 * p) for p in (0.22, 0.41, 0.57, 0.70, 0.80)] == checkpoints(100)[:5]
+def test_apgd_checkpoints_by_hand():
+    windows = eval_attacks.apgd_checkpoints(100)
+    points = [iteration for iteration, window in enumerate(windows) if window]
+    assert len(windows) == 101 and points == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert points[:5] == [math.ceil(100 * p) for p in (0.22, 0.41, 0.57, 0.70, 0.80)]
+    assert [windows[now] for now in points] == [now - before for before, now in zip([0, *points], points)]
 
 
 def slow_apgd(model, x, y, eps, steps, start):
@@ -115,17 +92,16 @@ def slow_apgd(model, x, y, eps, steps, start):
 
     def f(z):
         z = z.clone().requires_grad_()
-        loss = cross_entropy(model(z), y).sum()
+        loss = eval_attacks.cross_entropy(model(z), y).sum()
         return float(loss.detach()), torch.autograd.grad(loss, z)[0]
 
     def clip(z):
         return torch.max(torch.min(z, x + eps), x - eps).clamp(0, 1)
 
-    size, points, W = 2 * eps, [start], checkpoints(steps)
+    size, points, windows = 2 * eps, [start], eval_attacks.apgd_checkpoints(steps)
     losses, sizes = [f(start)[0]], [size]
     best, best_loss, raised = start, losses[0], 0
     best_losses, last_best, last_size = [best_loss], best_loss, None
-    k_last = 0
     for k in range(steps):
         here = points[-1]
         value, gradient = f(here)
@@ -135,10 +111,10 @@ def slow_apgd(model, x, y, eps, steps, start):
         raised += loss > value
         if loss > best_loss:
             best, best_loss = new, loss
-        if k + 1 in W:
-            one = raised < 0.75 * (k + 1 - k_last)
+        if windows[k + 1]:
+            one = raised < 0.75 * windows[k + 1]
             two = last_size == size and last_best == best_loss
-            last_size, last_best, k_last, raised = size, best_loss, k + 1, 0
+            last_size, last_best, raised = size, best_loss, 0
             if one or two:
                 size, new = size / 2, best
         points.append(new)
@@ -176,9 +152,6 @@ def test_apgd_is_algorithm_1():
         assert sizes[-1] < sizes[0] / 8
 
 
-# ---------------------------------------------------------------- FAB
-
-
 def test_the_projection_is_that_of_torchattacks():
     generator = torch.Generator().manual_seed(0)
     point, w = (torch.rand(300, 50, generator=generator).double() for _ in range(2))
@@ -186,7 +159,7 @@ def test_the_projection_is_that_of_torchattacks():
     point[:, :5], point[:, 5:10] = 0, 1  # some are at the edge of the box
     gap = (torch.rand(300, generator=generator).double() - 0.5) * 12  # some planes are out of reach
     gap[0], w[1] = 0, 0
-    d = project_to_plane(point, w, gap)
+    d = eval_attacks.project_to_plane(point, w, gap)
     theirs = projection_linf(point, w, gap + (w * point).sum(1))
     torch.testing.assert_close(d, theirs, atol=2e-6, rtol=0)
     assert (point + d).min() > -1e-12 and (point + d).max() < 1 + 1e-12
@@ -201,13 +174,10 @@ def test_fab_finds_the_nearest_point_of_a_linear_network():
     for i in range(50):
         w = (model.w[1 - y[i]] - model.w[y[i]]).detach()
         gap = -(w * x[i].flatten()).sum()
-        r = float(project_to_plane(x[i].view(1, -1), w[None], gap[None]).abs().max())
+        r = float(eval_attacks.project_to_plane(x[i].view(1, -1), w[None], gap[None]).abs().max())
         if r < 0.2:
-            assert not fab(model, x[i : i + 1], y[i : i + 1], 1.01 * r + 1e-6)[0]
-            assert fab(model, x[i : i + 1], y[i : i + 1], 0.99 * r - 1e-6)[0]
-
-
-# ---------------------------------------------------------------- Square
+            assert not eval_attacks.fab(model, x[i : i + 1], y[i : i + 1], 1.01 * r + 1e-6)[0]
+            assert eval_attacks.fab(model, x[i : i + 1], y[i : i + 1], 0.99 * r - 1e-6)[0]
 
 
 def test_the_squares_shrink_as_the_schedule_says():
@@ -253,36 +223,19 @@ def test_square_changes_one_square_a_query_and_keeps_what_raises_the_margin(trai
     assert any(row == 31 for row, _, _ in seen) and any(column == 31 for _, column, _ in seen)  # the last ones too
 
 
-# ---------------------------------------------------------------- masked gradients
-
-
-class Rounded(nn.Module):
-    """Steps of 1/16 before the network: the gradient is zero nearly everywhere."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model((x * 16).round() / 16)
-
-
-class Scaled(Rounded):
-    """Logits so large that the cross-entropy of a correct image rounds to zero."""
-
-    def forward(self, x):
-        return 1e4 * self.model(x)
-
-
 def test_rounding_fools_gradients_but_neither_square_nor_the_checks(trained):
     model, x, y = trained[0], *(v[:40] for v in trained[1:])
-    model = Rounded(model).eval()
-    correct = predict(model, x) == y
-    survivors = {name: ATTACKS[name](model, x, y, EPS, **SHORT[name])[0] for name in ("pgd", "fab-t")}
-    survivors["square"] = square(model, x, y, EPS, queries=200)[0]
+
+    def rounded(images):
+        """Steps of 1/16 before the network: the gradient is zero nearly everywhere."""
+        return model((images * 16).round() / 16)
+
+    correct = predict(rounded, x) == y
+    survivors = {name: ATTACKS[name](rounded, x, y, EPS, **SHORT[name])[0] for name in ("pgd", "fab-t")}
+    survivors["square"] = eval_attacks.square(rounded, x, y, EPS, queries=200)[0]
     assert survivors["square"].sum() < survivors["pgd"].sum() - 3
-    assert any("gradient is exactly zero" in line for line in check_network(model, x, y, EPS))
-    (line,) = check_survivors(survivors)
+    assert any("gradient is exactly zero" in line for line in check_network(rounded, x, y, EPS))
+    (line,) = eval_attacks.check_survivors(survivors)
     more = int((survivors["pgd"] & survivors["fab-t"] & ~survivors["square"]).sum())
     assert f"broke {more} of 40 images that pgd, fab-t could not" in line
     assert correct.sum() > survivors["square"].sum()
@@ -291,10 +244,14 @@ def test_rounding_fools_gradients_but_neither_square_nor_the_checks(trained):
 def test_saturated_logits_fool_the_cross_entropy_but_not_dlr(trained):
     model, x, y = trained[0], *(v[:40] for v in trained[1:])
     plain = apgd(model, x, y, EPS, "dlr", steps=20)[0]
-    model = Scaled(model).eval()
-    assert pgd(model, x, y, EPS, 20, 1, random_start=False)[0].sum() > plain.sum() + 3
-    assert torch.equal(apgd(model, x, y, EPS, "dlr", steps=20)[0], plain)
-    assert any("gradient is exactly zero" in line for line in check_network(model, x, y, EPS))
+
+    def scaled(images):
+        """Logits so large that the cross-entropy of a correct image rounds to zero."""
+        return 1e4 * model(images)
+
+    assert pgd(scaled, x, y, EPS, 20, 1, random_start=False)[0].sum() > plain.sum() + 3
+    assert torch.equal(apgd(scaled, x, y, EPS, "dlr", steps=20)[0], plain)
+    assert any("gradient is exactly zero" in line for line in check_network(scaled, x, y, EPS))
 
 
 def test_the_checks_of_a_network(trained):
@@ -308,13 +265,14 @@ def test_the_checks_of_a_network(trained):
     (few,) = check_network(linear, images(9), predict(linear, images(9)), EPS)
     assert few == "4 classes: the targeted attacks take 3 targets instead of 9"
     kept = torch.tensor([True, True, False])
-    assert check_survivors({"square": kept}) == check_survivors({"pgd": kept, "square": kept}) == []
+    assert (
+        eval_attacks.check_survivors({"square": kept})
+        == eval_attacks.check_survivors({"pgd": kept, "square": kept})
+        == []
+    )
     thousand = torch.arange(1000)
-    assert check_survivors({"pgd": thousand >= 0, "square": thousand >= 2}) == []
-    assert "broke 3 of 1000 images" in check_survivors({"pgd": thousand >= 0, "square": thousand >= 3})[0]
-
-
-# ---------------------------------------------------------------- the whole
+    assert eval_attacks.check_survivors({"pgd": thousand >= 0, "square": thousand >= 2}) == []
+    assert "broke 3 of 1000 images" in eval_attacks.check_survivors({"pgd": thousand >= 0, "square": thousand >= 3})[0]
 
 
 @pytest.mark.parametrize(("precision", "length"), [("fp32", 9), ("bf16", 10)])
@@ -374,7 +332,7 @@ def test_autoattack_is_its_four_attacks_in_turn(trained, monkeypatch):
     for name in AUTOATTACK:
         plain = ATTACKS[name]
         monkeypatch.setitem(ATTACKS, name, lambda *a, plain=plain, name=name, **k: plain(*a, **SHORT[name], **k))
-    robust, x_adv = autoattack(model, x, y, EPS)
+    robust, x_adv = eval_attacks.autoattack(model, x, y, EPS)
     assert torch.equal(is_adversarial(model, x, x_adv, y, EPS), ~robust)
     left = torch.arange(len(y))
     for name in AUTOATTACK:

@@ -1,40 +1,31 @@
-import copy
 import functools
-import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchattacks
 
 import common
 import eval_attacks
 from conftest import EPS, SHORT, TINY, train
-from eval_attacks import is_adversarial, pgd, predict
+from eval_attacks import is_adversarial, pgd, plain_pgd, predict
 from wrn import load_model
 
 
-def test_what_pgd_claims_holds(trained):
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_pgd_finds_what_plain_pgd_finds(trained, restarts):
+    """The same noise: the same verdicts, and survivors end at the same points, whatever the batch size."""
     model, x, y = trained
-    robust, x_adv = pgd(model, x, y, EPS, steps=10, restarts=2)
+    model, x, y = model.double(), x[:30].double(), y[:30]
+    robust, x_adv = plain_pgd(model, x, y, EPS, 5, restarts, seed=3)
+    assert torch.equal(is_adversarial(model, x, x_adv, y, EPS), ~robust)
     assert 0 < robust.sum() < (predict(model, x) == y).sum()
-    assert ((x_adv - x).abs().amax((1, 2, 3)) <= EPS + 1e-6).all() and 0 <= x_adv.min() and x_adv.max() <= 1
-    assert ((predict(model, x_adv) != y) == ~robust).all()
-
-
-def test_pgd_does_at_least_what_fgsm_does(trained):
-    model, x, y = trained
-    fgsm, x_fgsm = pgd(model, x, y, EPS, steps=1, restarts=1, step_size=EPS, random_start=False)
-    robust, x_pgd = pgd(model, x, y, EPS, steps=20, restarts=1, random_start=False)
-    assert robust.sum() <= fgsm.sum()
-    both = robust & fgsm  # a broken image's attack has ended, so compare the losses of the others
-    assert both.sum() > 5
-    assert F.cross_entropy(model(x_pgd), y, reduction="none")[both].mean() > (
-        F.cross_entropy(model(x_fgsm), y, reduction="none")[both].mean()
-    )
+    for batch_size in (1, 7, 1000):
+        fast, fast_adv = pgd(model, x, y, EPS, 5, restarts, seed=3, batch_size=batch_size)
+        assert torch.equal(fast, robust)
+        torch.testing.assert_close(fast_adv[robust], x_adv[robust])
+    model.float()
 
 
 def test_survivors_end_where_torchattacks_pgd_ends(trained):
@@ -46,18 +37,6 @@ def test_survivors_end_where_torchattacks_pgd_ends(trained):
     same = (x_adv[robust] - theirs[robust]).abs() < 1e-6
     assert same.double().mean() > 0.999  # a gradient of about zero may round to either sign
     assert not robust[predict(model, theirs) != y].any()
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_the_batch_size_does_not_change_the_result(trained, batch_size):
-    model, x, y = trained
-    model = model.double()
-    x = x[:20].double()
-    robust, x_adv = pgd(model, x, y[:20], EPS, steps=5, restarts=3, batch_size=20)
-    other, other_adv = pgd(model, x, y[:20], EPS, steps=5, restarts=3, batch_size=batch_size)
-    model.float()
-    assert torch.equal(robust, other)
-    torch.testing.assert_close(x_adv, other_adv)
 
 
 def test_the_active_set_is_full_and_spends_no_more_than_it_must(trained, monkeypatch):
@@ -83,13 +62,6 @@ def test_the_active_set_is_full_and_spends_no_more_than_it_must(trained, monkeyp
     assert left == sorted(left, reverse=True) and left[-1] == 0
 
 
-def test_restarts_find_more_and_an_easy_net_is_broken_at_once(trained):
-    model, x, y = trained
-    accuracy = [int(pgd(model, x, y, EPS, 3, restarts)[0].sum()) for restarts in (1, 5)]
-    assert accuracy[1] <= accuracy[0]
-    assert int(pgd(model, x, y, 1.0, 5, 1)[0].sum()) == 0
-
-
 def test_verdicts_are_float32_under_autocast(trained):
     """bfloat16 misjudges some clean images; what counts is the float32 network's word."""
     model, x, y = trained
@@ -107,13 +79,6 @@ def test_a_claim_outside_the_ball_or_the_box_does_not_count():
     assert is_adversarial(never_right, x, x_adv, y, 0.1).tolist() == [True, True, False, False]
     assert is_adversarial(never_right, x, x_adv, y, 1.0).tolist() == [True, True, True, False]
     assert not is_adversarial(never_right, x, x_adv, 0 * y, 1.0).any()
-
-
-def test_nothing_to_attack(trained):
-    model, x, y = trained
-    wrong = (predict(model, x) + 1) % 10
-    robust, x_adv = pgd(model, x, wrong, EPS, 2, 1)
-    assert not robust.any() and torch.equal(x_adv, x)
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +102,10 @@ def test_command_line(cli, run, tmp_path):
     x, y = common.Data("", classes, arrays, "cpu").test(50)
     assert result["clean"] == 100 * (predict(model, x) == y).double().mean().item()
     assert max(map(len, out.splitlines()[1:6])) <= 80
-    if result["robust"] < result["clean"]:
-        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert result["robust"] < result["clean"] and picture.read_bytes().startswith(b"\x89PNG")
 
     for name in ("best.pt", "checkpoint.pt"):
         assert cli(eval_attacks, f"{run / name} --steps 1 --restarts 1 --n 5")[0] == 0
-    code, out, _ = cli(eval_attacks, f"{run} --individual --attack fgsm,pgd --steps 1 --restarts 1 --n 50")
-    assert code == 0
 
 
 @pytest.fixture
@@ -207,56 +169,19 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(cli, run, tmp
     # Once it has ended, the state tells the result without any attack.
     monkeypatch.setattr(eval_attacks, "search", None)
     assert cli(eval_attacks, f"{flags} --state {state}")[0] == 0
-    code, _, err = cli(eval_attacks, f"{flags} --state {state} --eps 4")
-    assert code == 2 and "--eps was 8" in err and err.count("\n") == 1
-    code, _, err = cli(eval_attacks, f"{flags.replace(str(run), str(run / 'best.pt'))} --n 20 --state {state}")
-    assert code == 2 and "another evaluation" in err and err.count("\n") == 1
-    code, _, err = cli(eval_attacks, f"{flags} --state {run}/model.pt")
-    assert code == 2 and "no state" in err
-    state.write_bytes(state.read_bytes()[:1000])
-    code, _, err = cli(eval_attacks, f"{flags} --state {state}")
-    assert code == 2 and "damaged" in err
-
-
-def test_hostile_states(cli, run, tmp_path, short, monkeypatch):
-    """States whose identity is right and whose content is not: one line, and no verdict."""
-    flags = f"{run} --attack apgd-ce,square --n 20 --batch-size 5 --state {tmp_path / 'state'}"
-    plain, kept = common.write_torch, []
-
-    def write(path, content):
-        plain(path, content)
-        kept.append(Path(path).read_bytes())
-
-    monkeypatch.setattr(common, "write_torch", write)
-    assert cli(eval_attacks, flags)[0] == 0
-    inside = torch.load(io.BytesIO(kept[1]), weights_only=True)
-    assert inside["search"]["sets"][0]  # of an attack that was under way
-    monkeypatch.setattr(common, "write_torch", plain)
-    changes = (
-        lambda s: s.pop("robust"),
-        lambda s: s.update(robust=s["robust"][:5]),
-        lambda s: s.update(robust=s["robust"].float()),
-        lambda s: s.update(x_adv=[1]),
-        lambda s: s.update(x_adv=s["x_adv"][:, :1]),
-        lambda s: s.update(survivors=3),
-        lambda s: s.update(survivors={"apgd-ce": s["robust"]}, seconds={}),
-        lambda s: s.update(seconds={"apgd-ce": "long"}),
-        lambda s: s.update(search=5),
-        lambda s: s["search"].pop("sets"),
-        lambda s: s["search"].update(begun="all"),
-        lambda s: s["search"].update(sets=[1]),
-        lambda s: s["search"]["sets"][0].pop("image"),
-        lambda s: s["search"]["sets"][0].update(image=s["search"]["sets"][0]["image"] + 100),
-        lambda s: s["search"]["sets"][0].update(x=torch.zeros(30, 3, 32, 32)),
-    )
-    for number, change in enumerate(changes):
-        state = copy.deepcopy(inside)
-        change(state)
-        torch.save(state, tmp_path / "state")
-        code, _, err = cli(eval_attacks, flags)
-        assert code == 2 and err.count("\n") == 1 and "to start anew" in err, (number, err)
-    torch.save(inside, tmp_path / "state")
-    assert cli(eval_attacks, flags)[0] == 0
+    other = flags.replace(str(run), str(run / "best.pt"))
+    for mismatch, reason in (
+        (f"{flags} --eps 4", "--eps was 8"),
+        (f"{other} --n 20", "the network or the images were"),
+    ):
+        code, _, err = cli(eval_attacks, f"{mismatch} --state {state}")
+        assert code == 2 and f"another evaluation ({reason}" in err and err.count("\n") == 1
+    content = torch.load(state, weights_only=True)
+    torch.save({"identity": content["identity"]}, tmp_path / "empty.pt")
+    (tmp_path / "short.pt").write_bytes(state.read_bytes()[:1000])
+    for damaged in (tmp_path / "empty.pt", tmp_path / "short.pt", run / "model.pt"):
+        code, _, err = cli(eval_attacks, f"{flags} --state {damaged}")
+        assert code == 2 and "damaged, or not the state of an evaluation" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("float32", np.float32), ("uint8", np.uint8)])
@@ -304,14 +229,14 @@ def test_any_network(cli, tmp_path):
     torch.save({"1.weight": torch.zeros(10, 5)}, weights)
     for flags, message in (
         (f"--model {file}:make_model --weights {weights} {tail}", "does not fit"),
-        (f"--model {file}:nothing {tail}", "no attribute 'nothing'"),
-        (f"--model {file}:no_network {tail}", "returned a int"),
+        (f"--model {file}:nothing {tail}", "KeyError: 'nothing'"),
+        (f"--model {file}:no_network {tail}", "returned int, not an nn.Module"),
         (f"--model {file}:broken {tail}", "RuntimeError: no luck"),
-        (f"--model {tmp_path}/none.py:make_model {tail}", "FILE:FUNCTION"),
-        (f"--model make_model {tail}", "FILE:FUNCTION"),
+        (f"--model {tmp_path}/none.py:make_model {tail}", "FileNotFoundError"),
+        (f"--model make_model {tail}", "argument --model FILE:FUNCTION: make_model"),
         (f"--model {file}:make_model", "needs --dataset"),
-        (f"runs/x --model {file}:make_model", "give a run, or --model"),
-        (f"runs/x --weights {weights}", "goes with --model"),
+        (f"runs/x --model {file}:make_model", "give either a run or --model"),
+        (f"runs/x --weights {weights}", "needs --model"),
     ):
         code, _, err = cli(eval_attacks, flags)
         assert code == 2 and message in err and err.count("\n") == 1, flags
@@ -321,7 +246,7 @@ def test_any_network(cli, tmp_path):
     ("flags", "message"),
     [
         ("nowhere", "no file nowhere"),
-        ("{run} --attack cw", "'cw' is none of apgd-ce, apgd-t, fab-t, square"),
+        ("{run} --attack cw", "'cw' is not one of apgd-ce, apgd-t, fab-t, square"),
         ("{run} --eps 300", "--eps"),
         ("{run} --eps nan", "--eps"),
         ("{run} --n 0", "--n"),

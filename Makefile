@@ -13,7 +13,7 @@ demo: .venv/run
 
 test: .venv/dev
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q -n 2
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \

@@ -109,7 +109,7 @@ def compare_runs(a, b, epochs):
 
 
 def whole_run(script, arguments):
-    """Run a script to its end: its seconds. Kills come within 0.3 of that, so that slow machines get on too."""
+    """Run a script to its end: its seconds. Kills come within a share of that, so that slow machines get on too."""
     start = time.monotonic()
     assert os.waitstatus_to_exitcode(os.waitpid(child(script, arguments), 0)[1]) == 0
     return time.monotonic() - start
@@ -121,7 +121,7 @@ def train_faults(method, kills, folder, epochs=4, seed=0):
     while total < kills:
         flags = f"{TRAIN} --epochs {epochs} --seed {runs}"
         whole, killed = folder / f"{method}{runs}", folder / f"{method}{runs}-killed"
-        longest = 0.3 * whole_run(f"train_{method}.py", f"{flags} --out {whole}")
+        longest = 0.7 * whole_run(f"train_{method}.py", f"{flags} --out {whole}")
         killed.mkdir()
         first = f"{flags} --out {killed}"
         more, within = kill_until_done(f"train_{method}.py", first, f"{first} --resume", killed, dice, longest)

@@ -9,7 +9,7 @@ import torchattacks
 import common
 import eval_attacks
 from conftest import EPS, SHORT, TINY, train
-from eval_attacks import is_adversarial, pgd, plain_pgd, predict
+from eval_attacks import is_adversarial, noise, pgd, plain_pgd, predict
 from wrn import load_model
 
 
@@ -21,6 +21,7 @@ def test_pgd_finds_what_plain_pgd_finds(trained, restarts):
     robust, x_adv = plain_pgd(model, x, y, EPS, 5, restarts, seed=3)
     assert torch.equal(is_adversarial(model, x, x_adv, y, EPS), ~robust)
     assert 0 < robust.sum() < (predict(model, x) == y).sum()
+    assert not torch.equal(noise(x.shape[1:], 3, 0, 0), noise(x.shape[1:], 3, 0, 1))  # restarts differ
     for batch_size in (1, 7, 1000):
         fast, fast_adv = pgd(model, x, y, EPS, 5, restarts, seed=3, batch_size=batch_size)
         assert torch.equal(fast, robust)

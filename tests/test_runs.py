@@ -272,16 +272,16 @@ def test_a_download_that_fails_names_the_flag_for_local_data(cli, tmp_path, monk
     assert code == 2 and err.count("\n") == 1 and "--data-dir" in err and "no route to host" in err
 
 
-def readme_code(marker):
-    """The README's python block that contains marker."""
-    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)
+def pasting_code(marker):
+    """The python block of docs/pasting.md that contains marker."""
+    blocks = re.findall(r"```python\n(.*?)```", Path("docs/pasting.md").read_text(), re.S)
     (block,) = [block for block in blocks if marker in block]
     return block
 
 
-def test_the_readmes_torchvision_resnet_trains_with_slat(tiny):
+def test_docs_torchvision_resnet_trains_with_slat(tiny):
     names = {}
-    exec(readme_code("class Hooked"), names)
+    exec(pasting_code("class Hooked"), names)
     torch.manual_seed(0)
     model = names["model"]
     x, y = tiny.train(8)

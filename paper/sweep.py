@@ -1,30 +1,38 @@
-#!/usr/bin/env python3
 """Print the commands that make up a table or figure, one a line: each trains a network and evaluates it.
 
-    python sweep.py table1 --seeds 0,1,2,3 --small | sh                         one after the other
-    python sweep.py table1 --seeds 0,1,2,3 | xargs -P 4 -d '\\n' -I{} sh -c {}    four at a time
-    python analyze.py table results/*.json                                      what came out
+    python -m paper.sweep table1 --seeds 0,1,2,3 --small | sh                         one after the other
+    python -m paper.sweep table1 --seeds 0,1,2,3 | xargs -P 4 -d '\\n' -I{} sh -c {}    four at a time
+    python -m paper.sweep eps16 --only fgsm,slat | sh                                 two methods alone
+    python -m paper.figures table results/*.json                                      what came out
 
-A line says what is left to do: nothing is printed for a run whose result is there, a run that was broken off is
-resumed, a trained network is evaluated only. So after a crash, print and run the commands again.
+The lines say what is left to do: a run that has its result is left out, one that was cut short is resumed, a trained
+network is only evaluated. So after a crash, print and run the commands again.
 """
 
 import argparse
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
 
 import common
 
-# Method and flags of every row, beside those that all rows share; defaults are left out, so tables share their runs.
-ALL = ("pgd", "fgsm_ga", "yopo", "free", "fgsm", "fgsm_rs", "fgsm_ckpt", "n_fgsm", "slat")
+METHODS = sorted(path.stem.removeprefix("train_") for path in Path().glob("train_*.py"))
+# The method and flags of each row, without the flags that all rows share. Defaults are left out, so that tables share
+# their runs. alpha is in multiples of eps here.
 SWEEPS = {
-    "table1": [(method, {}) for method in ALL],
-    "table2": [("fgsm", {}), ("fgsm", {"alpha": 0.9}), ("slat", {"init": "uniform"}), ("slat", {})],
+    "table1": [(method, {}) for method in METHODS],
+    "table2": [("fgsm", {}), ("fgsm", {"alpha": 0.9}), ("slat", {"init": "uniform", "input-step": 1.25}), ("slat", {})],
     "table3": [("slat", {}), ("slat", {"layers": "0,conv3,conv4"}), ("slat", {"layers": "0,conv1,conv2,conv3,conv4"})],
     "eps": [(m, {"eps": eps}) for eps in (4, 8, 12, 16) for m in ("fgsm", "fgsm_rs", "n_fgsm", "slat")],
-    "eta": [("slat", {"eta": eta}) for eta in (0.6, 0.7, 0.8, 0.9)] + [("slat", {})],
-    "untold": [  # what the paper does not tell: dropout, input step, clamp, momentum
+    "eps16": [(method, {"eps": 16}) for method in METHODS],
+    "eta": [("slat", {"eta": eta} if eta != 1 else {}) for eta in (0.6, 0.7, 0.8, 0.9, 1, 1.8)],
+    "reliability": [  # how often SLAT collapses, by dropout
+        *[("slat", {"dropout": dropout}) for dropout in (0, 0.1, 0.2)],
+        ("slat", {}),
+        ("fgsm", {"dropout": 0}),
+    ],
+    "untold": [  # what the paper does not mention: dropout, input step, clamp, momentum
         ("slat", {}),
         ("slat", {"dropout": 0}),
         ("slat", {"input-step": 1.0}),
@@ -32,19 +40,35 @@ SWEEPS = {
         ("slat", {"no-momentum-cycle": None}),
     ],
 }
-# Epochs of Free-AT (of 8 replays) and YOPO that cost what the paper's did, where the others have 30.
-SHORTER = {"free": 9 / 30, "yopo": 7 / 30}
+
+
+def load(method):
+    """The training script of a method, as a module of its own that nobody else has imported."""
+    spec = importlib.util.spec_from_file_location(f"train_{method}", f"train_{method}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def epochs_of(method, epochs):
+    """The epochs of a method where those with the usual default, 30, take `epochs`: Free-AT and YOPO take fewer."""
+    before, sys.argv = sys.argv, [f"train_{method}.py"]
+    try:
+        return max(round(epochs * load(method).parse_args().epochs / 30), 1)
+    finally:
+        sys.argv = before
 
 
 def commands(sweep, args):
     """Yield the line of every row and seed that is not done."""
+    rows = [(method, flags) for method, flags in SWEEPS[sweep] if method in args.only]
+    epochs_by_method = {method: epochs_of(method, args.epochs) for method, _ in rows}
     for seed in args.seeds:
-        for method, own in SWEEPS[sweep]:
-            own = dict(own)
+        for method, flags in rows:
+            own, epochs = dict(flags), epochs_by_method[method]
             eps = own.pop("eps", args.eps)
             if "alpha" in own:
-                own["alpha"] = round(own["alpha"] * eps, 4)  # a multiple of eps above, in 1/255 on the command line
-            epochs = max(round(args.epochs * SHORTER.get(method, 1)), 1)
+                own["alpha"] = round(own["alpha"] * eps, 4)
             data = "" if Path(args.dataset).stem == "cifar10" else f"_{Path(args.dataset).stem}"
             name = f"{method}{data}_wrn{args.depth}-{args.width}_epochs{epochs}_eps{eps:g}"
             for flag, value in own.items():
@@ -72,18 +96,28 @@ def seeds(text):
     try:
         return [int(seed) for seed in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between them") from None
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers, separated by commas") from None
+
+
+def methods(text):
+    for method in text.split(","):
+        if method not in METHODS:
+            raise argparse.ArgumentTypeError(f"{method!r} is not one of {', '.join(METHODS)}")
+    return text.split(",")
 
 
 def main():
-    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(
+        prog="python -m paper.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add, number = parser.add_argument, common.number
     add("sweep", choices=SWEEPS)
-    add("--seeds", type=seeds, default=[0], help="with commas between them (default 0)")
+    add("--seeds", type=seeds, default=[0], help="separated by commas (default 0)")
+    add("--only", type=methods, default=METHODS, metavar="METHODS", help="these methods, separated by commas")
     add("--small", action="store_true", help="for a CPU: WRN-10-2, 8 epochs, evaluation on 1,000 images")
     add("--depth", type=number(int, 10), help="default 28, with --small 10")
     add("--width", type=number(int, 1), help="default 10, with --small 2")
-    add("--epochs", type=number(int, 1), help="default 30, with --small 8; Free-AT and YOPO in proportion fewer")
+    add("--epochs", type=number(int, 1), help="default 30, with --small 8; Free-AT and YOPO proportionally fewer")
     add("--eps", type=number(float, 0, 255), default=8, help="in 1/255 (default 8)")
     add("--n", type=number(int, 1), help="test images that are attacked (default all, with --small 1000)")
     add("--attack", default="pgd,autoattack", help="for eval_attacks.py (default pgd,autoattack)")
@@ -96,6 +130,8 @@ def main():
     for flag, full, small in (("depth", 28, 10), ("width", 10, 2), ("epochs", 30, 8), ("n", None, 1000)):
         if getattr(args, flag) is None:
             setattr(args, flag, small if args.small else full)
+    if not any(method in args.only for method, _ in SWEEPS[args.sweep]):
+        parser.error(f"argument --only: {args.sweep} has no runs of {', '.join(args.only)}")
     Path(args.results).mkdir(parents=True, exist_ok=True)
     lines = list(commands(args.sweep, args))
     if lines:

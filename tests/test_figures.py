@@ -1,4 +1,4 @@
-"""toy_2d.py, analyze.py and sweep.py: their numbers, their files, and that what they print can be run."""
+"""paper/: figures, sweep and toy_2d: their numbers, their files, and that what they print can be run."""
 
 import argparse
 import glob
@@ -13,10 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import analyze
-import sweep
-import toy_2d
 from conftest import TINY, train
+from paper import figures, sweep, toy_2d
 from wrn import LAYERS, load_model
 
 
@@ -53,19 +51,21 @@ def test_the_grid_finds_the_worst_case_of_a_linear_boundary():
 
 def test_toy(cli, tmp_path):
     code, out, _ = cli(toy_2d, f"--seeds 1 --out {tmp_path / 'toy'}")
-    assert code == 0 and max(map(len, out.splitlines()[:4])) <= 90
+    assert code == 0 and max(map(len, out.splitlines()[:5])) <= 100
     results = written(tmp_path / "toy")["results"]
-    lean = [results[method]["lean"][0] for method in ("standard", "fgsm", "slat")]
-    assert lean[0] > 60 and lean == sorted(lean, reverse=True) and lean[2] < 3
-    assert results["standard"]["clean"][0] > 99 and results["standard"]["robust"][0] < results["slat"]["robust"][0] - 10
+    lean = {name: row["lean"][0] for name, row in results.items()}
+    assert lean["FGSM"] > 80 > lean["standard"] > 60 > 52 > lean["SLAT, eta 0.1"] > lean["SLAT, eta 0.3"]
+    worst = {name: row["within 0.15"][0] for name, row in results.items()}
+    assert worst["SLAT, eta 0.1"] > worst["FGSM"] + 10
+    assert all(row["clean"][0] > 95 for row in results.values())
 
 
-# ---------------------------------------------------------------- analyze.py
+# ---------------------------------------------------------------- figures.py
 
 
 def test_figures_of_metrics(cli, runs, tmp_path):
-    for command, key in (("curves", "test_pgd10"), ("alignment", "test_alignment")):
-        code, out, err = cli(analyze, f"{command} {runs} --out {tmp_path / command}")
+    for command, key in (("curves", "test_pgd10"), ("alignment", "alignment")):
+        code, out, err = cli(figures, f"{command} {runs} --out {tmp_path / command}")
         assert code == 0 and not err
         numbers = written(tmp_path / command)
         rows = [json.loads(line) for line in Path(f"{runs.split()[0]}/metrics.jsonl").read_text().splitlines()]
@@ -75,7 +75,7 @@ def test_figures_of_metrics(cli, runs, tmp_path):
 
 def test_figures_of_networks(cli, runs, tmp_path, tiny):
     for command, flags in (("grad-norm", ""), ("linearity", "--points 3 --eps 2"), ("landscape", "--points 3 --eps 2")):
-        code, out, err = cli(analyze, f"{command} {runs} --n 12 {flags} --device cpu --out {tmp_path / command}")
+        code, out, err = cli(figures, f"{command} {runs} --n 12 {flags} --device cpu --out {tmp_path / command}")
         assert code == 0 and not err, err
     model = load_model(runs.split()[0])
     x, y = tiny.test(12)
@@ -99,62 +99,47 @@ def test_figures_of_networks(cli, runs, tmp_path, tiny):
     assert (surface[2] > surface[0]).all(), "the loss rises along the sign of its gradient"
 
 
-def result(method, seed, clean, pgd, autoattack=None, **flags):
+def result(method, seed, clean, pgd, autoattack=None, usual=(), **flags):
+    """What eval_attacks.py --json writes of a run; usual: those of its flags that are the defaults."""
     config = {"method": method, "depth": 10, "width": 2, "epochs": 8, "eps": 8.0, "dropout": 0.3, "seed": seed}
-    config |= {"hardware": "a CPU", "seconds": 60.0 * (seed + 1), **flags}
+    config |= {"hardware": "a CPU", "seconds": 60.0 * (seed + 1), "dataset": "cifar10.npz", **flags}
+    config["not_default"] = ["depth", "width", *(flag for flag in flags if flag not in usual)]
     attacks = {"pgd-50-10": pgd} | ({"autoattack": autoattack} if autoattack else {})
     return {"clean": clean, "attacks": attacks, "n": 100, "eps": config["eps"], "training": config}
 
 
-def test_the_defaults_are_those_of_the_scripts(cli, monkeypatch, tmp_path):
-    seen = set()
-    for method in analyze.METHODS:
-        monkeypatch.setattr(sys, "argv", [f"train_{method}.py", "--eps", "4"])
-        config = vars(importlib.import_module(f"train_{method}").parse_args())
-        path = tmp_path / f"{method}.json"
-        path.write_text(json.dumps({"training": config, "eps": 4}))
-        (found,) = analyze.read_results(argparse.Namespace(runs=[path]))
-        assert found["flags"] == {}, method
-        seen |= config.keys() & analyze.DEFAULTS.keys()
-    assert seen == analyze.DEFAULTS.keys()
-
-
 def test_legends_tell_runs_apart():
-    base = {
-        "method": "slat",
-        "eps": 8.0,
-        "dropout": 0.3,
-        "seed": 0,
-        "eta": 1.0,
-        "batch_size": 64,
-        "layers": ["0", "conv1", "conv2"],
-    }
-    for change, expected in (
-        ({}, ["a", "b"]),  # the folders
-        ({"seed": 1}, ["SLAT, seed 0", "SLAT, seed 1"]),
-        ({"dropout": 0.0}, ["SLAT", "SLAT, dropout 0"]),
-        ({"eta": 0.5, "layers": ["0", "conv1"]}, ["SLAT", "SLAT, layers 0,conv1, eta 0.5"]),
-        ({"batch_size": 128}, ["SLAT, batch size 64", "SLAT"]),
-        ({"method": "fgsm", "alpha": 8.0}, ["SLAT", "FGSM"]),
-        ({"method": "fgsm", "alpha": 4.0}, ["SLAT", "FGSM, alpha 4"]),
+    def config(method="slat", seed=0, **flags):
+        return {"method": method, "seed": seed, "eps": 8.0, **flags, "not_default": ["eps", *flags]}
+
+    base = config(batch_size=64)
+    for other, expected in (
+        (config(batch_size=64), ["a", "b"]),  # the folders
+        (config(batch_size=64, seed=1), ["SLAT, seed 0", "SLAT, seed 1"]),
+        (config(batch_size=64, dropout=0.0), ["SLAT", "SLAT, dropout 0"]),
+        (config(batch_size=64, eta=0.5, layers=["0", "conv1"]), ["SLAT", "SLAT, eta 0.5, layers 0,conv1"]),
+        (config(), ["SLAT, batch size 64", "SLAT"]),
+        (config("fgsm", batch_size=64), ["SLAT", "FGSM"]),
+        (config("fgsm", batch_size=64, alpha=4.0), ["SLAT", "FGSM, alpha 4"]),
+        (config("new_one", batch_size=64), ["SLAT", "NEW-ONE"]),  # a method that figures.py does not know
     ):
-        found = analyze.legends(["runs/a", "runs/b"], [base, base | change])
+        found = figures.legends(["runs/a", "runs/b"], [base, other])
         assert [label for label, _ in found] == expected
         for label, style in found:
             assert (style["markerfacecolor"] == "white") == (", " in label.split(", seed")[0])
-        assert ([style["marker"] for _, style in found] == ["$0$", "$1$"]) == ("seed" in change)
+        assert ([style["marker"] for _, style in found] == ["$0$", "$1$"]) == (other["seed"] == 1)
 
 
 @pytest.mark.parametrize(
     "label", ["SLAT {}", "SLAT, dropout 0, seed {}", "slat_wrn10-2_epochs8_eps8_layers-0-conv1_seed{}"]
 )
 def test_a_legend_below_hides_nothing(label):
-    pyplot = analyze.pyplot()
+    pyplot = figures.pyplot()
     figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for i in range(9):
         axis.plot([0, 1], [i, 9 - i], label=label.format(i))
     axis.set(xlabel="share", ylabel="accuracy")
-    analyze.legend_below(figure, axis)
+    figures.legend_below(figure, axis)
     figure.draw_without_rendering()
     (legend,) = figure.legends
     box, whole = legend.get_window_extent(), figure.bbox
@@ -165,77 +150,76 @@ def test_a_legend_below_hides_nothing(label):
 
 
 def test_table_and_figures_of_results(cli, tmp_path):
-    layers = ["0", "conv1", "conv2"]
     results = [
-        result("fgsm", 0, 60.0, 30.0, alpha=8.0),
-        result("fgsm", 1, 62.0, 34.0, 0.5, alpha=8.0),
-        result("slat", 0, 50.0, 31.0, 28.0, layers=layers, eta=1.0),
-        result("slat", 0, 52.0, 32.0, 29.0, layers=layers, eta=0.6),
-        result("slat", 0, 20.0, 1.0, layers=["0", "conv3", "conv4"], eta=1.0, latent_clamp=False),
+        result("fgsm", 0, 60.0, 30.0),
+        result("fgsm", 1, 62.0, 34.0, 0.5),
+        result("slat", 0, 50.0, 31.0, 28.0, usual=["eta"], eta=1.0),
+        result("slat", 0, 52.0, 32.0, 29.0, eta=0.6),
+        result("slat", 0, 20.0, 1.0, usual=["eta"], layers=["0", "conv3", "conv4"], eta=1.0, latent_clamp=False),
         result("fgsm", 0, 61.0, 20.0, alpha=7.2, dropout=0),
         result("fgsm", 0, 61.0, 20.0, alpha=7.2),
-        result("fgsm", 0, 30.0, 20.0, alpha=16.0, eps=16.0) | {"eps": 8.0},
+        result("fgsm", 0, 30.0, 20.0, eps=16.0) | {"eps": 8.0},
     ]
     files = []
     for i, content in enumerate(results):
         files.append(str(tmp_path / f"{i}.json"))
         (tmp_path / f"{i}.json").write_text(json.dumps(content))
-    code, out, err = cli(analyze, f"table {' '.join(files)} --out {tmp_path / 'table'}")
+    code, out, err = cli(figures, f"table {' '.join(files)} --out {tmp_path / 'table'}")
     assert code == 0 and not err and (tmp_path / "table.md").read_text() == out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[-7:]]
     assert [row[:2] for row in rows] == [
         ["SLAT", ""],
         ["SLAT", "eta 0.6"],
-        ["SLAT", "layers 0,conv3,conv4, no latent clamp"],
+        ["SLAT", "no latent clamp, layers 0,conv3,conv4"],
         ["FGSM", ""],
         ["FGSM", "alpha 7.2"],
-        ["FGSM", "dropout 0, alpha 7.2"],
+        ["FGSM", "alpha 7.2, dropout 0"],
         ["FGSM", "trained with eps 16"],
     ]
     # The paper's numbers stand beside its own set-ups alone.
     clean = ["50.0 (85.9)", "52.0", "20.0", "61.0 ± 1.4 (87.4)", "61.0 (90.9)", "61.0", "30.0"]
-    assert [row[6] for row in rows] == clean and {row[4] for row in rows} == {"8"}
-    assert rows[3][5] == "100" and rows[3][7:10] == ["32.0 ± 2.8 (0.0)", "0.5 [1 of 2] (0.0)", "1.5 ± 0.7"]
-    assert [row[11] for row in rows[2:5]] == ["[0](4.json)", "[0](0.json), [1](1.json)", "[0](6.json)"]
+    assert [row[7] for row in rows] == clean and {row[5] for row in rows} == {"8"} and rows[0][2] == "cifar10"
+    assert rows[3][6] == "100" and rows[3][8:11] == ["32.0 ± 2.8 (0.0)", "0.5 [1 of 2] (0.0)", "1.5 ± 0.7"]
+    assert [row[12] for row in rows[2:5]] == ["[0](4.json)", "[0](0.json), [1](1.json)", "[0](6.json)"]
     # --short leaves out what is the same in all rows: the network, epochs, eps and n.
-    code, short, _ = cli(analyze, f"table --short {files[2]} {files[4]} --out {tmp_path / 'short'}")
+    code, short, _ = cli(figures, f"table --short {files[2]} {files[4]} --out {tmp_path / 'short'}")
     assert code == 0 and short.splitlines() == [
         "| method | flags | clean | PGD-50-10 | AutoAttack | seeds |",
         "| --- | --- | --- | --- | --- | --- |",
         "| SLAT |  | 50.0 (85.9) | 31.0 (47.1) | 28.0 (44.6) | [0](2.json) |",
-        "| SLAT | layers 0,conv3,conv4, no latent clamp | 20.0 | 1.0 | not run | [0](4.json) |",
+        "| SLAT | no latent clamp, layers 0,conv3,conv4 | 20.0 | 1.0 | not run | [0](4.json) |",
     ]
     (tmp_path / "table.notes.md").write_text("## Findings\n\nNone.\n")
-    assert cli(analyze, f"table {' '.join(files)} --out {tmp_path / 'table'}")[0] == 0
+    assert cli(figures, f"table {' '.join(files)} --out {tmp_path / 'table'}")[0] == 0
     assert (tmp_path / "table.md").read_text() == out + "\n## Findings\n\nNone.\n"
-    code, out, err = cli(analyze, f"eta {' '.join(files)} --out {tmp_path / 'eta'}")
+    code, out, err = cli(figures, f"eta {' '.join(files)} --out {tmp_path / 'eta'}")
     assert code == 0 and written(tmp_path / "eta") == {
         "SLAT": {"eta": [0.6, 1.0], "pgd-50-10": [32, 31], "autoattack": [29, 28], "clean": [52, 50]}
     }
-    code, out, err = cli(analyze, f"eps {' '.join(files)} --out {tmp_path / 'eps'}")
+    code, out, err = cli(figures, f"eps {' '.join(files)} --out {tmp_path / 'eps'}")
     assert code == 0 and {name: found["pgd-50-10"] for name, found in written(tmp_path / "eps").items()} == {
         "SLAT": [31],
         "FGSM": [32],
     }
     for name, flags in (("wide", {"width": 10}), ("long", {"epochs": 30})):
-        (tmp_path / f"{name}.json").write_text(json.dumps(result("fgsm", 0, 80.0, 40.0, alpha=8.0, **flags)))
+        (tmp_path / f"{name}.json").write_text(json.dumps(result("fgsm", 0, 80.0, 40.0, **flags)))
     for flags, message in (
         (f"eta {files[0]}", "--eta"),
-        (f"eps {files[0]} {tmp_path / 'wide.json'}", "WRN-10-10 on 100 images and of WRN-10-2 on 100"),
-        (f"eps {files[0]} {tmp_path / 'long.json'}", "fgsm after 30 epochs and of fgsm after 8"),
+        (f"eps {files[0]} {tmp_path / 'wide.json'}", "WRN-10-10 on 100 images of cifar10, WRN-10-2 on 100"),
+        (f"eps {files[0]} {tmp_path / 'long.json'}", "fgsm after 30 epochs, fgsm after 8"),
     ):
-        code, _, err = cli(analyze, f"{flags} --out {tmp_path / 'figure'}")
+        code, _, err = cli(figures, f"{flags} --out {tmp_path / 'figure'}")
         assert code == 2 and message in err and err.count("\n") == 1
 
 
 def test_no_line_bridges_what_was_not_measured(tmp_path, monkeypatch):
-    files, figures = [], []
+    files, drawn = [], []
     for size, autoattack in ((4.0, 40.0), (8.0, 35.0), (12.0, None), (16.0, 1.0)):
         files.append(tmp_path / f"{size}.json")
-        files[-1].write_text(json.dumps(result("fgsm", 0, 60.0, 42.0, autoattack, alpha=size, eps=size)))
-    monkeypatch.setattr(analyze, "write", lambda args, figure, numbers: figures.append(figure))
-    analyze.eps(argparse.Namespace(runs=files))
-    lines = {line.get_linestyle(): line.get_ydata() for line in figures[0].axes[0].lines}
+        files[-1].write_text(json.dumps(result("fgsm", 0, 60.0, 42.0, autoattack, eps=size)))
+    monkeypatch.setattr(figures, "write", lambda name, figure, numbers: drawn.append(figure))
+    figures.eps(argparse.Namespace(runs=files, out="eps"))
+    lines = {line.get_linestyle(): line.get_ydata() for line in drawn[0].axes[0].lines}
     assert {style: list(map(str, values)) for style, values in lines.items()} == {
         ":": ["60.0"] * 4,
         "-": ["42.0"] * 4,
@@ -244,13 +228,14 @@ def test_no_line_bridges_what_was_not_measured(tmp_path, monkeypatch):
 
 
 def test_committed_tables_are_what_the_results_say(cli):
-    """Each table of the README follows the command that made it, in a comment; RESULTS.md was not edited by hand."""
-    found = re.findall(r"<!-- python analyze.py (table .*?) -->\n(.*?\n)\n", Path("README.md").read_text(), re.S)
-    assert len(found) == 4
+    """Each table of README and docs follows the command that made it; RESULTS.md was not edited by hand."""
+    pages = [Path("README.md"), *Path("docs").glob("*.md")]
+    made = r"<!-- python -m paper.figures (table .*?) -->\n(.*?\n)\n"
+    found = [match for page in pages for match in re.findall(made, page.read_text(), re.S)]
     for command, text in found:
         words = [sorted(glob.glob(word)) if "*" in word else [word] for word in command.split()]
-        assert cli(analyze, " ".join(sum(words, []))) == (0, text, "")
-    _, out, _ = cli(analyze, " ".join(["table", *glob.glob("results/cpu/*.json")]))
+        assert cli(figures, " ".join(sum(words, []))) == (0, text, "")
+    _, out, _ = cli(figures, " ".join(["table", *glob.glob("results/cpu/*.json")]))
     notes = Path("results/RESULTS.notes.md").read_text()
     assert Path("results/RESULTS.md").read_text() == out.replace("](results/", "](") + "\n" + notes
 
@@ -259,11 +244,11 @@ def test_committed_tables_are_what_the_results_say(cli):
 def test_damaged_results_are_one_line(cli, tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     for command in ("table", "eps", "eta"):
-        code, _, err = cli(analyze, f"{command} {tmp_path / 'a.json'} --out {tmp_path / 'x'}")
+        code, _, err = cli(figures, f"{command} {tmp_path / 'a.json'} --out {tmp_path / 'x'}")
         assert code == 2 and err.count("\n") == 1 and "a.json" in err or "none of these results" in err
     for name in ("config.json", "metrics.jsonl"):
         (tmp_path / name).write_text(content)
-    code, _, err = cli(analyze, f"curves {tmp_path} --out {tmp_path / 'x'}")
+    code, _, err = cli(figures, f"curves {tmp_path} --out {tmp_path / 'x'}")
     assert code == 2 and err.count("\n") == 1
 
 
@@ -275,21 +260,21 @@ def test_damaged_results_are_one_line(cli, tmp_path, content):
         ("curves {run} --out no/such/name", "no folder"),
         ("linearity {run} --layers conv9", "conv9"),
         ("landscape {run} --eps 999", "--eps"),
-        ("table {run}/config.json", "says nothing of the training"),
+        ("table {run}/config.json", "does not say how the network was trained"),
         ("draw {run}", "draw"),
     ],
 )
 def test_errors_are_one_line(cli, runs, flags, message):
-    code, _, err = cli(analyze, flags.format(run=runs.split()[0]))
+    code, _, err = cli(figures, flags.format(run=runs.split()[0]))
     assert code == 2 and err.count("\n") == 1 and message in err
 
 
-@pytest.mark.parametrize("module", [analyze, toy_2d])
+@pytest.mark.parametrize("module", [figures, toy_2d])
 def test_without_matplotlib_there_is_a_hint(cli, runs, monkeypatch, tmp_path, module):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    flags = f"curves {runs}" if module is analyze else "--seeds 1 --steps 2"
+    flags = f"curves {runs}" if module is figures else "--seeds 1 --steps 2"
     code, _, err = cli(module, f"{flags} --out {tmp_path / 'x'}")
-    assert "pip install matplotlib" in (err if module is analyze else str(code))
+    assert code == 2 and "pip install matplotlib" in err
 
 
 # ---------------------------------------------------------------- sweep.py
@@ -317,14 +302,14 @@ def test_every_printed_command_is_understood_by_its_script(cli, monkeypatch, tmp
 def test_a_sweep_skips_what_is_done_and_resumes_what_is_broken(cli, tmp_path):
     flags = f"eta --runs {tmp_path}/runs --results {tmp_path}/results"
     lines = cli(sweep, flags)[1].splitlines()
-    assert len(lines) == 5 and all("--resume" not in line for line in lines)
+    assert len(lines) == 6 and all("--resume" not in line for line in lines)
     names = [shlex.split(line)[-1].split("/")[-1].removesuffix(".json") for line in lines]
     (tmp_path / "results" / f"{names[0]}.json").write_text("{}")
     for name, file in ((names[1], "model.pt"), (names[2], "config.json")):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / file).write_text("{}")
     now = cli(sweep, flags)[1].splitlines()
-    assert len(now) == 4
+    assert len(now) == 5
     assert now[0].startswith("python eval_attacks.py") and "train" not in now[0]
     assert "--resume &&" in now[1] and now[2:] == lines[3:]
     for name in names:

@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""ZeroGrad: FGSM-RS whose step leaves out the smallest components of the gradient.
+
+Golgooni, Saberi, Eskandar & Rohban 2021, arXiv:2103.15476. They find that catastrophic overfitting sets in where FGSM
+takes full steps along components that are as good as zero, and their signs noise.
+
+    python train_zero_grad.py --eps 8
+
+Against train_fgsm.py: the gradient is taken at a random point of the ball; components below the image's quantile q
+are set to zero; the step is 2 eps.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import common
+from bookkeeping import Run
+from wrn import WideResNet
+
+PASSES = 5  # forward, backward to the input; then forward, backward to weights and activations (two)
+
+
+def zero_grad(model, x, y, eps, alpha, q):
+    """The images to train on: x0 = x + U(-eps, eps), x' = x0 + alpha sign(g), clipped to the eps-ball.
+
+    x: (B, C, H, W) in [0, 1]; y: (B,) class indices; eps, alpha: in [0, 1] units. g: the gradient at x0, zero where
+    its size is below the quantile q of all its components, of each image alone. Both x0 and x' are clipped to [0, 1].
+    """
+    start = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1).requires_grad_()
+    loss = F.cross_entropy(model(start), y)
+    (gradient,) = torch.autograd.grad(loss, [start])
+    threshold = gradient.abs().flatten(1).quantile(q, dim=1).view(-1, 1, 1, 1)
+    gradient = gradient * (gradient.abs() >= threshold)
+    x_adv = start.detach() + alpha * gradient.sign()
+    return torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1)
+
+
+def parse_args():
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--alpha", type=common.number(float, 0, 510), help="step size, in 1/255 (default: 2 eps)")
+    parser.add_argument(
+        "--q", type=common.number(float, 0, 1), help="share set to zero (default: 0.35, CIFAR-100: 0.45)"
+    )
+    args = common.parse(parser)
+    args.alpha = 2 * args.eps if args.alpha is None else args.alpha
+    if args.q is None:
+        args.q = 0.45 if args.dataset == "cifar100" else 0.35
+    return args
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    data = common.load_data(args)
+    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
+    model.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
+    run = Run(args, model, optimizer, data, PASSES)
+    if args.compile:
+        model.compile()
+
+    eps, alpha = args.eps / 255, args.alpha / 255
+    for epoch in range(run.epoch, args.epochs):
+        model.train()
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+            optimizer.param_groups[0].update(lr=lr, momentum=momentum)
+            with common.autocast(args):
+                x_adv = zero_grad(model, x, y, eps, alpha, args.q)
+                logits = model(x_adv)
+                loss = F.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.log(loss, logits, y)
+        run.end_epoch()
+    run.finish()
+
+
+if __name__ == "__main__":
+    common.launch(main)

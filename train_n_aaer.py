@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""N-AAER: N-FGSM plus a penalty on abnormal images, those whose loss the attack has lowered.
+
+Lin, Yu, Han, Xiao, Cheng & Liu, NeurIPS 2023, arXiv:2404.08154 (AAER: abnormal adversarial examples regularisation).
+They multiply before catastrophic overfitting; the penalty grows with their number, loss and change of logits.
+
+    python train_n_aaer.py --eps 8
+
+Against train_n_fgsm.py: the loss has a penalty that compares losses and logits at the random start and after the step.
+In the authors' code the loss after the step is a constant in the lambda_2 term, which so has no gradient; it is the
+default, as their numbers come from it. In the paper's formula it is not: --loss-gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import common
+from bookkeeping import Run
+from wrn import WideResNet
+
+PASSES = 5  # forward, backward to the input; then forward, backward to weights and activations (two)
+LAMBDA_2 = {8: 1.5, 12: 5.0, 16: 8.5, 32: 2.75}  # by eps, of its authors for CIFAR-10
+LAMBDA_3 = {8: 0.15, 12: 0.55, 16: 1.5, 32: 0.75}
+
+
+def n_aaer(model, x, y, alpha, noise, lambda_1, lambda_2, lambda_3, loss_gradient=False):
+    """The loss of N-FGSM with its penalty, and the logits (B, classes) after the attack.
+
+    x: (B, C, H, W) in [0, 1]; y: (B,) class indices; alpha, noise: in [0, 1] units. With losses l0, l1 and logits
+    z0, z1 before and after the attack, an image is abnormal if l0 > l1, and the penalty is lambda_1 (share of abnormal
+    images) (lambda_2 mean(l0 - l1) + lambda_3 max(V_abnormal - V_normal, 0)), the mean over abnormal images, V the mean
+    of ||z0 - z1||^2. It is zero in a batch without abnormal or without normal images. l0, z0, V_normal are constants,
+    and so is l1 in it unless loss_gradient.
+    """
+    start = (x + torch.empty_like(x).uniform_(-noise, noise)).clamp(0, 1).requires_grad_()
+    z0 = model(start)
+    loss = F.cross_entropy(z0, y)
+    (gradient,) = torch.autograd.grad(loss, [start])
+    x_adv = start.detach() + alpha * gradient.sign()
+    z0, z1 = z0.detach(), model(x_adv.clamp(0, 1))
+
+    l0, l1 = (F.cross_entropy(z, y, reduction="none") for z in (z0, z1))
+    abnormal, v = (l0 > l1).to(l0), (z0 - z1).square().sum(1)
+    count, normal = abnormal.sum(), 1 - abnormal
+    drop = abnormal * (l0 - (l1 if loss_gradient else l1.detach()))
+    v_abnormal = (abnormal * v).sum() / count.clamp(min=1)
+    v_normal = (normal * v).sum().detach() / normal.sum().clamp(min=1)
+    terms = lambda_2 * drop.sum() / count.clamp(min=1) + lambda_3 * (v_abnormal - v_normal).clamp(min=0)
+    share = count / len(x) * (normal.sum() > 0)
+    return F.cross_entropy(z1, y) + lambda_1 * share * terms, z1
+
+
+def parse_args():
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--alpha", type=common.number(float, 0, 255), help="step size, in 1/255 (default: eps)")
+    parser.add_argument("--noise", type=common.number(float, 0), default=2.0, help="start noise, in multiples of eps")
+    parser.add_argument("--lambda-1", type=common.number(float, 0), default=1.0, help="weight of the penalty")
+    parser.add_argument("--lambda-2", type=common.number(float, 0), help="of the losses' change (default: by eps)")
+    parser.add_argument("--lambda-3", type=common.number(float, 0), help="of the logits' change (default: by eps)")
+    parser.add_argument("--loss-gradient", action="store_true", help="the lambda_2 term has a gradient (see above)")
+    args = common.parse(parser)
+    common.by_eps(args, "lambda_2", LAMBDA_2)
+    common.by_eps(args, "lambda_3", LAMBDA_3)
+    args.alpha = args.eps if args.alpha is None else args.alpha
+    return args
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    data = common.load_data(args)
+    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
+    model.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
+    run = Run(args, model, optimizer, data, PASSES)
+    if args.compile:
+        model.compile()
+
+    eps, alpha = args.eps / 255, args.alpha / 255
+    lambdas = args.lambda_1, args.lambda_2, args.lambda_3
+    for epoch in range(run.epoch, args.epochs):
+        model.train()
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+            optimizer.param_groups[0].update(lr=lr, momentum=momentum)
+            with common.autocast(args):
+                loss, logits = n_aaer(model, x, y, alpha, args.noise * eps, *lambdas, args.loss_gradient)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.log(loss, logits, y)
+        run.end_epoch()
+    run.finish()
+
+
+if __name__ == "__main__":
+    common.launch(main)

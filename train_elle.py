@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+"""ELLE-A: FGSM plus a penalty on how far the loss is from linear between two random points of the eps-ball.
+
+Abad Rocamora, Liu, Chrysos, Olmos & Cevher, ICLR 2024, arXiv:2401.11618, Algorithm 1. No double backward pass as in
+FGSM-GA. Its weight, lambda, is raised where the error jumps and decays elsewhere; --constant is ELLE, with a fixed one.
+
+    python train_elle.py --eps 8
+
+Against train_fgsm.py: a forward pass of three points for each image, its penalty, and lambda's schedule in the loop.
+Its authors' loop calls optimizer.step() twice a batch, this one once.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+
+import common
+from bookkeeping import Run
+from wrn import WideResNet
+
+PASSES = 14  # FGSM's 5; forward and backward of three images for each: 9
+
+
+def elle(model, x, y, eps):
+    """The images to train on, x' = x + eps sign(grad_x L), clipped to [0, 1]; and the linear approximation error.
+
+    x: (B, C, H, W) in [0, 1]; y: (B,) class indices; eps: in [0, 1] units. The error is the mean over the batch of
+    (L(c) - (1 - t) L(a) - t L(b))^2 with a, b = x + U(-eps, eps), c = (1 - t) a + t b, t ~ U(0, 1) for each image.
+    """
+    start = x.detach().requires_grad_()
+    loss = F.cross_entropy(model(start), y)
+    (gradient,) = torch.autograd.grad(loss, [start])
+    x_adv = (x + eps * gradient.sign()).clamp(0, 1)
+
+    a, b = ((x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1) for _ in range(2))
+    t = torch.rand(len(x), device=x.device, dtype=x.dtype)
+    c = torch.lerp(a, b, t.view(-1, 1, 1, 1))
+    losses = F.cross_entropy(model(torch.cat([a, b, c])), y.repeat(3), reduction="none")
+    l_a, l_b, l_c = losses.chunk(3)
+    return x_adv, (l_c - torch.lerp(l_a, l_b, t)).square().mean()
+
+
+def adapt(state, error, lambda_max, decay):
+    """ELLE-A's lambda for the next batch: lambda_max where the error exceeds the mean of all earlier ones by two
+    standard deviations (of three at least), else decay times the last. All in tensors: the host need not wait.
+
+    state: {"lambda", "count", "mean", "squares"}, the last three of the earlier errors (Welford's sums).
+    """
+    error = error.detach()
+    jump = (state["count"] > 2) & (error > state["mean"] + 2 * (state["squares"] / state["count"].clamp(min=1)).sqrt())
+    count = state["count"] + 1
+    mean = state["mean"] + (error - state["mean"]) / count
+    squares = state["squares"] + (error - state["mean"]) * (error - mean)
+    weight = torch.where(jump, lambda_max, decay * state["lambda"])
+    return {"lambda": weight, "count": count, "mean": mean, "squares": squares}
+
+
+def parse_args():
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--constant", action="store_true", help="ELLE: lambda stays as it is, 1000 to 10000 by eps")
+    parser.add_argument("--elle-lambda", type=common.number(float, 0), help="lambda, or its peak (default: 4000)")
+    parser.add_argument("--decay", type=common.number(float, 0, 1), default=0.99, help="of ELLE-A's lambda, a batch")
+    args = common.parse(parser)
+    if args.elle_lambda is None:
+        fixed = 1000.0 if args.eps < 9 else 5000.0 if args.eps <= 20 else 10000.0
+        args.elle_lambda = fixed if args.constant else 4000.0
+        print(f"note: --elle-lambda {args.elle_lambda:g}, for eps {args.eps:g}", file=sys.stderr)
+    return args
+
+
+def main():
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    data = common.load_data(args)
+    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
+    model.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
+    run = Run(args, model, optimizer, data, PASSES)
+    if args.compile:
+        model.compile()
+
+    eps = args.eps / 255
+    if not run.extra:
+        run.extra = {key: torch.zeros((), device=args.device) for key in ("lambda", "count", "mean", "squares")}
+    for epoch in range(run.epoch, args.epochs):
+        model.train()
+        for x, y in data.batches(epoch, args.batch_size, args.seed):
+            lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+            optimizer.param_groups[0].update(lr=lr, momentum=momentum)
+            with common.autocast(args):
+                x_adv, error = elle(model, x, y, eps)
+                logits = model(x_adv)
+                weight = args.elle_lambda if args.constant else run.extra["lambda"]
+                loss = F.cross_entropy(logits, y) + weight * error
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.log(loss, logits, y)
+            run.extra = adapt(run.extra, error, args.elle_lambda, args.decay)
+        run.end_epoch()
+    run.finish()
+
+
+if __name__ == "__main__":
+    common.launch(main)

@@ -42,7 +42,8 @@ def test_other_parts(cli, tmp_path, part):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"), [("--only sgd", "'sgd' is not one of"), ("--part evaluation", "--run"), ("--depth 11", "6n + 4")]
+    ("flags", "message"),
+    [("--only sgd", "'sgd' is not one of"), ("--part evaluation", "--run"), ("--depth 11", "6n + 4")],
 )
 def test_errors_are_one_line(cli, flags, message):
     code, _, err = cli(bench, flags)

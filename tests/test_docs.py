@@ -1,0 +1,85 @@
+"""README and docs: every link leads somewhere, every command is understood, every number is that of results/."""
+
+import importlib
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import SCRIPTS
+
+PAGES = [Path("README.md"), Path("data/README.md"), Path("results/RESULTS.md"), *sorted(Path("docs").glob("*.md"))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=str)
+
+
+def headings(page):
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    for link in links:
+        if link.startswith("http"):
+            assert re.match(r"https://(arxiv\.org/abs/\d{4}\.\d{4,5}|github\.com/[\w-]+/[\w.-]+)$", link), link
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in headings(target), f"{page}: {link}"
+
+
+def commands(page):
+    """Every python command in a page's code blocks: [program, flag, ...], without pipes and redirections."""
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
+        for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
+            words = shlex.split(line, comments=True)
+            if "python" in words:
+                words = words[words.index("python") + 1 :]
+                cut = [i for i, word in enumerate(words) if word in ("|", ">", "2>")]
+                yield words[: cut[0]] if cut else words
+
+
+@every_page
+def test_commands_are_understood(cli, monkeypatch, page):
+    for words in commands(page):
+        if words[0] == "-m":
+            module = importlib.import_module(words[1])
+            code, out, _ = cli(module, "--help")
+            if re.match(r"[a-z]", words[2]) if len(words) > 2 else False:
+                assert words[2] in out, words
+                sub = cli(module, f"{words[2]} --help")
+                out += sub[1] if sub[0] == 0 else ""
+            flags = {word for word in words[2:] if word.startswith("--")}
+            assert code == 0 and flags <= set(re.findall(r"--[a-z-]+", out)), words
+        elif words[0].startswith("tests/"):
+            assert Path(words[0]).exists(), words
+        else:
+            module = importlib.import_module(words[0].removesuffix(".py"))
+            monkeypatch.setattr(sys, "argv", words)
+            module.parse_args()
+
+
+def test_the_readmes_table_of_methods_is_what_was_measured():
+    rows = re.findall(r"^\| `train_(\w+)\.py` \| .* \| ([^|]+) \| ([^|]+) \|$", Path("README.md").read_text(), re.M)
+    assert {name for name, *_ in rows} == SCRIPTS.keys()
+    bench = json.loads(Path("results/bench/steps_wrn16-2.json").read_text())["result"]["steps"]
+    for name, cost, cell in rows:
+        measured = bench[name]["measured"]
+        assert cost == f"{measured:.2f}" or cost == f"{measured:.2f} a replay"
+        columns = [[], [], []]
+        for path in Path("results/cpu").glob(f"{name}_wrn10-2_epochs*_eps16_seed*.json"):
+            result = json.loads(path.read_text())
+            values = (result["clean"], result["attacks"].get("pgd-50-10"), result["attacks"].get("autoattack"))
+            for column, value in zip(columns, values):
+                column += [value] * (value is not None)
+        expected = " / ".join(f"{sum(column) / len(column):.1f}" if column else "-" for column in columns)
+        assert cell == (expected if columns[0] else "not run"), name
+
+
+def test_the_readme_is_short():
+    assert len(Path("README.md").read_text().splitlines()) <= 130

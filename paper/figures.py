@@ -279,7 +279,6 @@ def over_epochs(args, keys, ylabel):
     numbers = {}
     for run, config, (label, style) in zip(args.runs, configs, legends(args.runs, configs)):
         rows = read_json(Path(run) / "metrics.jsonl", lines=True)
-        rows = [{"alignment": row["alignment"]} | row if "alignment" in row else row for row in rows]  # old
         missing = [key for key in keys if not rows or key not in rows[-1]]
         if missing:
             common.fail(f"{run}/metrics.jsonl has no {missing[0]}: no epoch has ended, or an older version wrote it")

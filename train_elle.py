@@ -7,6 +7,7 @@ FGSM-GA. Its weight, lambda, is raised where the error jumps and decays elsewher
     python train_elle.py --eps 8
 
 Against train_fgsm.py: a forward pass of three points for each image, its penalty, and lambda's schedule in the loop.
+No dropout by default: with it, the penalty measures the noise of the masks, and training diverges (docs/methods.md).
 Its authors' loop calls optimizer.step() twice a batch, this one once.
 """
 
@@ -58,6 +59,7 @@ def adapt(state, error, lambda_max, decay):
 
 def parse_args():
     parser = common.make_parser(__doc__)
+    parser.set_defaults(dropout=0.0)
     parser.add_argument("--constant", action="store_true", help="ELLE: lambda stays as it is, 1000 to 10000 by eps")
     parser.add_argument("--elle-lambda", type=common.number(float, 0), help="lambda, or its peak (default: 4000)")
     parser.add_argument("--decay", type=common.number(float, 0, 1), default=0.99, help="of ELLE-A's lambda, a batch")

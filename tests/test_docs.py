@@ -64,6 +64,19 @@ def test_commands_are_understood(cli, monkeypatch, page):
             module.parse_args()
 
 
+def mean_cell(name, eps):
+    """Clean / PGD-50-10 / AutoAttack of a method at its defaults, mean over the seeds that have it."""
+    columns = [[], [], []]
+    for path in Path("results/cpu").glob(f"{name}_wrn10-2_epochs*_eps{eps}_seed*.json"):
+        result = json.loads(path.read_text())
+        values = (result["clean"], result["attacks"].get("pgd-50-10"), result["attacks"].get("autoattack"))
+        for column, value in zip(columns, values):
+            column += [value] * (value is not None)
+    if not columns[0]:
+        return "not run"
+    return " / ".join(f"{sum(column) / len(column):.1f}" if column else "-" for column in columns)
+
+
 def test_the_readmes_table_of_methods_is_what_was_measured():
     rows = re.findall(r"^\| `train_(\w+)\.py` \| .* \| ([^|]+) \| ([^|]+) \|$", Path("README.md").read_text(), re.M)
     assert {name for name, *_ in rows} == SCRIPTS.keys()
@@ -71,15 +84,14 @@ def test_the_readmes_table_of_methods_is_what_was_measured():
     for name, cost, cell in rows:
         measured = bench[name]["measured"]
         assert cost == f"{measured:.2f}" or cost == f"{measured:.2f} a replay"
-        columns = [[], [], []]
-        for path in Path("results/cpu").glob(f"{name}_wrn10-2_epochs*_eps16_seed*.json"):
-            result = json.loads(path.read_text())
-            values = (result["clean"], result["attacks"].get("pgd-50-10"), result["attacks"].get("autoattack"))
-            for column, value in zip(columns, values):
-                column += [value] * (value is not None)
-        expected = " / ".join(f"{sum(column) / len(column):.1f}" if column else "-" for column in columns)
-        assert cell == (expected if columns[0] else "not run"), name
+        assert cell == mean_cell(name, 16), name
 
 
 def test_the_readme_is_short():
     assert len(Path("README.md").read_text().splitlines()) <= 130
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_scripts_docstring_ends_with_what_was_measured(name):
+    (found,) = re.findall(r"^Result, WRN-10-2, .*: eps 8: (.*); eps 16: (.*)\.$", SCRIPTS[name].__doc__, re.M)
+    assert found == (mean_cell(name, 8), mean_cell(name, 16))

@@ -6,7 +6,7 @@ Wong, Rice & Kolter 2020, arXiv:2001.03994, Algorithm 3.
     python train_fgsm_rs.py --eps 8
 
 Against train_fgsm.py: the gradient is taken at a random point of the ball; the step defaults to 1.25 eps.
-Result, WRN-10-2, 8 epochs, CPU (clean / PGD-50-10 / AutoAttack, %): eps 8: 61.7 / 30.2 / 27.5; eps 16: 47.7 / 18.8 / 14.2.
+Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 61.7 / 30.2 / 27.5; eps 16: 47.7 / 18.8 / 14.2.
 """
 
 import torch

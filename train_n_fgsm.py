@@ -6,7 +6,7 @@ De Jorge et al. 2022, arXiv:2202.01181, Algorithm 1. Not among the comparisons o
     python train_n_fgsm.py --eps 8
 
 Against train_fgsm.py: the gradient is taken, and the step starts, at x + U(-2 eps, 2 eps).
-Result, WRN-10-2, 8 epochs, CPU (clean / PGD-50-10 / AutoAttack, %): eps 8: 56.6 / 32.1 / 28.4; eps 16: 41.9 / 20.5 / 15.1.
+Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 56.6 / 32.1 / 28.4; eps 16: 41.9 / 20.5 / 15.1.
 """
 
 import torch

@@ -1,4 +1,4 @@
-# make demo: train SLAT on 2,000 real CIFAR-10 images and attack it. make test: lint and tests.
+# make demo: the collapse of FGSM training, then SLAT live on 2,000 real images. make test: lint and tests.
 # Both set up .venv on first use; PYTHON=python3.12 make demo takes another interpreter.
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -6,10 +6,15 @@ PY = .venv/bin/python
 .PHONY: demo test clean
 
 demo: .venv/run
+	@$(PY) -m paper.demo
+	@echo; echo "Now SLAT, live: a small network on 2,000 images at eps 8/255, for about a minute."; echo
 	@$(PY) train_slat.py --dataset data/cifar10_tiny.npz --depth 10 --width 2 --epochs 14 --batch-size 64 --lr-max 0.1 \
 		--eps 8 --layers 0,conv1,conv2 --monitor 100 --out runs/demo --overwrite
+	@echo; echo "And the attack on it:"; echo
 	@$(PY) eval_attacks.py runs/demo --attack fgsm,pgd --eps 8 --n 100 \
 		--json runs/demo/eval.json --examples runs/demo/examples.png
+	@echo; echo "2,000 images are too few to learn CIFAR-10. The complete data set, for a GPU:"
+	@echo "    python train_slat.py --eps 8 --layers 0,conv1,conv2"
 
 test: .venv/dev
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

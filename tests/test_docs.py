@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from conftest import SCRIPTS
 
@@ -85,6 +87,19 @@ def test_the_readmes_table_of_methods_is_what_was_measured():
         measured = bench[name]["measured"]
         assert cost == f"{measured:.2f}" or cost == f"{measured:.2f} a replay"
         assert cell == mean_cell(name, 16), name
+
+
+def test_the_readmes_lines_are_slat(trained):
+    """Executed as they stand, they give the images, perturbations and loss of train_slat.slat."""
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.S) if "delta[name]" in c]
+    model, x, y = trained
+    layers, eps = ["0", "conv1", "conv2"], 8 / 255
+    names = {"torch": torch, "F": F, "model": model, "x": x.clone(), "y": y, "layers": layers}
+    names |= {"eps": eps, "eta": eps, "input_step": 0.9 * eps}
+    exec(code, names)
+    x_adv, delta = SCRIPTS["slat"].slat(model, x, y, eps, layers, eps, 0.9 * eps)
+    assert torch.equal(names["x_adv"], x_adv) and all(torch.equal(names["delta"][name], delta[name]) for name in delta)
+    assert names["loss"] == F.cross_entropy(model(x_adv, delta=delta), y)
 
 
 def test_the_readme_is_short():

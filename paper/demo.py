@@ -25,7 +25,7 @@ def main():
     eps = EPS / 255
     precision = "bf16" if common.has_bf16("cpu") else "fp32"
     print("Two networks that ship with the project. Both were trained on all of CIFAR-10 to")
-    print(f"withstand eps {EPS}/255, one with FGSM, one with SLAT. Accuracy on {N} test images, %:\n")
+    print(f"withstand eps {EPS}/255, one with FGSM, one with SLAT. Accuracy on {N} images, %:\n")
     print(f"{'trained with':<16}{'clean':>9}{'under FGSM':>14}{'under PGD-50-10':>18}", flush=True)
     line = common.StatusLine()
     for method in ("fgsm", "slat"):

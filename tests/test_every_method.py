@@ -94,7 +94,9 @@ def test_every_flag_of_a_script_reaches_the_training(cli, monkeypatch, tmp_path,
 
 def weights_after(cli, script, run, flags):
     """And the mean loss: the lambda_2 term of N-AAER changes that alone."""
-    small = f"{SMALL} --epochs 1 --limit-train 64 --batch-size 8 --lr-max 0.002 --monitor 1 --eps 16 --seed 0"
+    small = (
+        f"{SMALL} --epochs 1 --limit-train 64 --batch-size 8 --lr-max 0.002 --dropout 0.3 --monitor 1 --eps 16 --seed 0"
+    )
     code, _, err = cli(script, f"{small} {flags} --out {run}")
     assert code == 0, err
     return load_file(run / "model.pt")["state_dict"] | {"loss": torch.tensor(rows(run)[0]["loss"])}

@@ -7,7 +7,7 @@ PY = .venv/bin/python
 
 demo: .venv/run
 	@$(PY) -m paper.demo
-	@echo; echo "Now SLAT, live: a small network on 2,000 images at eps 8/255, for about a minute."; echo
+	@echo; echo "Now SLAT, live: a small network, 2,000 images, eps 8/255, for about a minute."; echo
 	@$(PY) train_slat.py --dataset data/cifar10_tiny.npz --depth 10 --width 2 --epochs 14 --batch-size 64 --lr-max 0.1 \
 		--eps 8 --layers 0,conv1,conv2 --monitor 100 --out runs/demo --overwrite
 	@echo; echo "And the attack on it:"; echo

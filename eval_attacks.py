@@ -789,7 +789,7 @@ def save_examples(path, model, x, x_adv, y, classes):
     red_blue = torch.cat([1 - (-change).clamp(min=0), 1 - change.abs(), 1 - change.clamp(min=0)], 1)
     shown = F.interpolate(torch.cat([x, red_blue, x_adv]), scale_factor=4, mode="bicubic").clamp(0, 1)
     save_image(shown, path, nrow=len(x), padding=6, pad_value=1.0)
-    print(f"\n{path}: clean, perturbation (smoothed; red is brighter, blue is darker), adversarial")
+    print(f"\n{path}\nclean; perturbation (smoothed, red is brighter, blue is darker); adversarial")
     for column, (label, guess) in enumerate(zip(y.tolist(), predict(model, x_adv).tolist()), 1):
         print(f"  column {column:>2}: {classes[label]} is taken for {classes[guess]}")
 

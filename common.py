@@ -292,7 +292,8 @@ def training_of(run):
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     try:
         config = dict(json.loads((folder / "config.json").read_text()))
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        metrics = folder / "metrics.jsonl"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         return {**config, "seconds": sum(row["seconds"] for row in rows), "last_epoch": rows[-1] if rows else None}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

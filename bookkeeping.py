@@ -112,12 +112,12 @@ class Run:
 
     def end_epoch(self):
         """Measure, print and save; or end the run if a loss or weights are not finite."""
-        sums, steps = self.sums, self.step - self.epoch * self.steps_per_epoch
+        sums = self.sums
         row = {
             "epoch": self.epoch + 1,
             "step": self.step,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "loss": float(sums["loss"]) / steps,  # waits for the device
+            "loss": float(sums["loss"]) / self.steps_per_epoch,  # waits for the device
             "train_acc": 100 * int(sums["correct"]) / sums["seen"],
             "seconds": time.perf_counter() - self.start,
         }

@@ -8,7 +8,6 @@ from pathlib import Path
 # One thread: what the tests compute is too small for two, and runs in other processes must match bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch

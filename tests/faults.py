@@ -26,8 +26,6 @@ import common
 import eval_attacks
 from conftest import SMALL, assert_same_run, rows
 
-TRAIN = SMALL
-
 
 class SlowFile:
     """A file whose content arrives in pieces."""
@@ -76,7 +74,7 @@ def warm_up(folder):
     torch.set_num_threads(1)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         for method in ("slat", "free", "yopo"):
-            sys.argv = [f"train_{method}.py", *f"{TRAIN} --epochs 1 --out {folder}/warm-{method}".split()]
+            sys.argv = [f"train_{method}.py", *f"{SMALL} --epochs 1 --out {folder}/warm-{method}".split()]
             importlib.import_module(f"train_{method}").main()
         sys.argv = ["eval_attacks.py", *f"{folder}/warm-slat --n 20 --steps 1 --restarts 1".split()]
         eval_attacks.main()
@@ -119,7 +117,7 @@ def train_faults(method, kills, folder, epochs=4, seed=0):
     """Train with that many kills or more, run after run with seeds 0, 1, ...: (kills, inside a write, runs)."""
     dice, total, inside, runs = random.Random(seed), 0, 0, 0
     while total < kills:
-        flags = f"{TRAIN} --epochs {epochs} --seed {runs}"
+        flags = f"{SMALL} --epochs {epochs} --seed {runs}"
         whole, killed = folder / f"{method}{runs}", folder / f"{method}{runs}-killed"
         longest = 0.7 * whole_run(f"train_{method}.py", f"{flags} --out {whole}")
         killed.mkdir()

@@ -6,10 +6,11 @@
     python -m paper.figures grad-norm runs/slat runs/fgsm     Fig. 5: l1 norm of the gradient at every layer
     python -m paper.figures linearity runs/slat runs/fgsm     eq. 6: how far the loss is from linear within eps
     python -m paper.figures eps results/cpu/*.json            Fig. 3: robust accuracy over the eps trained for
-    python -m paper.figures eta results/cpu/*.json            Fig. 7: accuracy over SLAT's eta
+    python -m paper.figures eta results/cpu/*_eps8_*.json     Fig. 7: accuracy over SLAT's eta
+    python -m paper.figures dropout results/cpu/*_eps8_*.json accuracy over dropout: when SLAT is reliable
     python -m paper.figures table results/cpu/*.json          Tables 1 to 3: mean and std over seeds
 
-The first five take run folders, the last three the files that `eval_attacks.py --json` wrote. Every figure is written
+The first five take run folders, the last four the files that `eval_attacks.py --json` wrote. Every figure is written
 as NAME.png, NAME.svg and NAME.json (the numbers). Numbers in brackets are those of Park & Lee, arXiv:2104.01575.
 """
 
@@ -340,7 +341,7 @@ def read_results(args):
 
 
 def over_flag(args, flag, xlabel):
-    """Accuracy over a training flag, all others at their defaults: one colour a method, mean over seeds."""
+    """Accuracy over a training flag, all others at their defaults: a point for each seed, a line through the means."""
     plt = pyplot()
     from matplotlib.lines import Line2D
 
@@ -350,6 +351,7 @@ def over_flag(args, flag, xlabel):
         if flag in config and not result["flags"].keys() - {flag}:
             groups.setdefault(config["method"], {}).setdefault(config[flag], []).append(result)
             kind = f"{result['network']} on {result['n']} images of {result['data']}"
+            kind += f" at eps {result['eps']:g}" if flag != "eps" else ""
             kinds.setdefault("", set()).add(kind)
             kinds.setdefault(config["method"], set()).add(f"{config['method']} after {config['epochs']} epochs")
     if not groups:
@@ -369,14 +371,17 @@ def over_flag(args, flag, xlabel):
             ("PGD-50-10", "-", False, lambda r: robust_under(r)[0]),
             ("AutoAttack", "--", True, lambda r: robust_under(r)[1]),
         ):
-            means = [mean_std([pick(r) for r in by_value[v]])[0] for v in values]
-            numbers[label][key.lower()] = means
+            seeds = [[pick(r) for r in by_value[v] if pick(r) is not None] for v in values]
+            numbers[label][key.lower()] = seeds
+            means = [mean_std(found)[0] for found in seeds]
             known = [mean is not None for mean in means]
             if any(known):
                 # The line breaks where nothing was measured; the legend shows one only if some of it is visible.
                 points = [math.nan if mean is None else mean for mean in means]
+                axis.plot(values, points, line, color=colour)
                 style = {"color": colour, "marker": marker, "markerfacecolor": "white" if hollow else colour}
-                axis.plot(values, points, line, **style, clip_on=False)
+                pairs = [(value, a) for value, found in zip(values, seeds) for a in found]
+                axis.plot(*zip(*pairs), **style, linestyle="none", clip_on=False)
                 accuracies.setdefault(key, Line2D([], [], color="#555555", linestyle="none", marker="o"))
                 if hollow:
                     accuracies[key].set_markerfacecolor("white")
@@ -398,6 +403,11 @@ def eps(args):
 def eta(args):
     """Accuracy over SLAT's latent step eta, in multiples of eps (Fig. 7)."""
     over_flag(args, "eta", "eta (multiples of eps)")
+
+
+def dropout(args):
+    """Accuracy over the dropout of the network, at one eps."""
+    over_flag(args, "dropout", "dropout")
 
 
 def table(args):
@@ -463,12 +473,12 @@ def main():
         prog="python -m paper.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for function in (curves, alignment, landscape, grad_norm, linearity, eps, eta, table):
+    for function in (curves, alignment, landscape, grad_norm, linearity, eps, eta, dropout, table):
         command = function.__name__.replace("_", "-")
         sub = commands.add_parser(command, help=function.__doc__.split("\n")[0])
         add = sub.add_argument
         sub.set_defaults(function=function)
-        add("runs", nargs="+", help="JSON files" if function in (eps, eta, table) else "run folders")
+        add("runs", nargs="+", help="JSON files" if function in (eps, eta, dropout, table) else "run folders")
         add("--out", default=None if function is table else command, metavar="NAME", help="default: the command's name")
         if function in (landscape, grad_norm, linearity):
             add("--n", type=common.number(int, 1), default=100, help="the first N test images (default 100)")

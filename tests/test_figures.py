@@ -203,19 +203,20 @@ def test_table_and_figures_of_results(cli, tmp_path):
     assert (tmp_path / "table.md").read_text() == out + "\n## Findings\n\nNone.\n"
     code, out, err = cli(figures, f"eta {' '.join(files)} --out {tmp_path / 'eta'}")
     assert code == 0 and written(tmp_path / "eta") == {
-        "SLAT": {"eta": [0.6, 1.0], "pgd-50-10": [32, 31], "autoattack": [29, 28], "clean": [52, 50]}
+        "SLAT": {"eta": [0.6, 1.0], "pgd-50-10": [[32], [31]], "autoattack": [[29], [28]], "clean": [[52], [50]]}
     }
     code, out, err = cli(figures, f"eps {' '.join(files)} --out {tmp_path / 'eps'}")
     assert code == 0 and {name: found["pgd-50-10"] for name, found in written(tmp_path / "eps").items()} == {
-        "SLAT": [31],
-        "FGSM": [32],
+        "SLAT": [[31]],
+        "FGSM": [[30, 34]],
     }
-    for name, flags in (("wide", {"width": 10}), ("long", {"epochs": 30})):
+    for name, flags in (("wide", {"width": 10}), ("long", {"epochs": 30}), ("strong", {"eps": 16.0})):
         (tmp_path / f"{name}.json").write_text(json.dumps(result("fgsm", 0, 80.0, 40.0, **flags)))
     for flags, message in (
         (f"eta {files[0]}", "--eta"),
         (f"eps {files[0]} {tmp_path / 'wide.json'}", "WRN-10-10 on 100 images of cifar10, WRN-10-2 on 100"),
         (f"eps {files[0]} {tmp_path / 'long.json'}", "fgsm after 30 epochs, fgsm after 8"),
+        (f"dropout {files[0]} {tmp_path / 'strong.json'}", "of cifar10 at eps 16, WRN-10-2 on 100"),
     ):
         code, _, err = cli(figures, f"{flags} --out {tmp_path / 'figure'}")
         assert code == 2 and message in err and err.count("\n") == 1
@@ -234,7 +235,7 @@ def eps_figure(monkeypatch, folder, autoattack):
 def test_a_line_bridges_nothing_and_the_legend_shows_what_is_drawn(monkeypatch, tmp_path, at_8, in_legend):
     autoattack = {("fgsm", 4.0): 40.0, ("fgsm", 8.0): at_8, ("fgsm", 12.0): None, ("fgsm", 16.0): 1.0}
     figure = eps_figure(monkeypatch, tmp_path, autoattack)
-    lines = {line.get_linestyle(): line.get_ydata() for line in figure.axes[0].lines}
+    lines = {line.get_linestyle(): line.get_ydata() for line in figure.axes[0].lines if line.get_marker() == "None"}
     expected = {":": ["60.0"] * 4, "-": ["42.0"] * 4, "--": ["40.0", str(at_8 or "nan"), "nan", "1.0"]}
     assert {style: list(map(str, values)) for style, values in lines.items()} == expected
     legend = figure.legends[0]
@@ -269,7 +270,7 @@ def test_committed_tables_are_what_the_results_say(cli):
 @pytest.mark.parametrize("content", ["", "[1]", '{"training": {}}', '{"training": {"method": "slat", "eps": "a"}}'])
 def test_damaged_results_are_one_line(cli, tmp_path, content):
     (tmp_path / "a.json").write_text(content)
-    for command in ("table", "eps", "eta"):
+    for command in ("table", "eps", "dropout"):
         code, _, err = cli(figures, f"{command} {tmp_path / 'a.json'} --out {tmp_path / 'x'}")
         assert code == 2 and err.count("\n") == 1 and "a.json" in err or "none of these results" in err
     for name in ("config.json", "metrics.jsonl"):

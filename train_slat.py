@@ -8,7 +8,7 @@ every chosen layer; each is perturbed along its sign (eq. 4), which penalises su
 
 Against train_fgsm.py: the method, its flags, and model(x_adv, delta=delta) in the loop.
 Steps, clamp and dropout are those of the authors' code; the paper does not mention them.
-Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 53.2 / 31.6 / 27.4; eps 16: 35.7 / 21.6 / 18.9.
+Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 53.2 / 31.6 / 27.4; eps 16: 35.7 / 21.6 / 18.4.
 """
 
 import argparse

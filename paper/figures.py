@@ -371,21 +371,19 @@ def over_flag(args, flag, xlabel):
             ("PGD-50-10", "-", False, lambda r: robust_under(r)[0]),
             ("AutoAttack", "--", True, lambda r: robust_under(r)[1]),
         ):
-            seeds = [[pick(r) for r in by_value[v] if pick(r) is not None] for v in values]
+            seeds = [[a for a in map(pick, by_value[v]) if a is not None] for v in values]
             numbers[label][key.lower()] = seeds
-            means = [mean_std(found)[0] for found in seeds]
-            known = [mean is not None for mean in means]
-            if any(known):
+            if any(seeds):
                 # The line breaks where nothing was measured; the legend shows one only if some of it is visible.
-                points = [math.nan if mean is None else mean for mean in means]
-                axis.plot(values, points, line, color=colour)
+                means = [mean_std(found)[0] if found else math.nan for found in seeds]
+                axis.plot(values, means, line, color=colour)
                 style = {"color": colour, "marker": marker, "markerfacecolor": "white" if hollow else colour}
                 pairs = [(value, a) for value, found in zip(values, seeds) for a in found]
                 axis.plot(*zip(*pairs), **style, linestyle="none", clip_on=False)
                 accuracies.setdefault(key, Line2D([], [], color="#555555", linestyle="none", marker="o"))
                 if hollow:
                     accuracies[key].set_markerfacecolor("white")
-                if any(a and b for a, b in zip(known, known[1:])):
+                if any(a and b for a, b in zip(seeds, seeds[1:])):
                     accuracies[key].set_linestyle(line)
     axis.set(xlabel=xlabel, ylabel="accuracy (%)", xticks=sorted({v for g in groups.values() for v in g}))
     axis.set_ylim(0)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import SCRIPTS
+from paper import figures
 
 PAGES = [Path("README.md"), Path("data/README.md"), Path("results/RESULTS.md"), *sorted(Path("docs").glob("*.md"))]
 every_page = pytest.mark.parametrize("page", PAGES, ids=str)
@@ -52,7 +53,7 @@ def test_commands_are_understood(cli, monkeypatch, page):
         if words[0] == "-m":
             module = importlib.import_module(words[1])
             code, out, _ = cli(module, "--help")
-            if re.match(r"[a-z]", words[2]) if len(words) > 2 else False:
+            if len(words) > 2 and re.match(r"[a-z]", words[2]):
                 assert words[2] in out, words
                 sub = cli(module, f"{words[2]} --help")
                 out += sub[1] if sub[0] == 0 else ""
@@ -68,15 +69,10 @@ def test_commands_are_understood(cli, monkeypatch, page):
 
 def mean_cell(name, eps):
     """Clean / PGD-50-10 / AutoAttack of a method at its defaults, mean over the seeds that have it."""
-    columns = [[], [], []]
-    for path in Path("results/cpu").glob(f"{name}_wrn10-2_epochs*_eps{eps}_seed*.json"):
-        result = json.loads(path.read_text())
-        values = (result["clean"], result["attacks"].get("pgd-50-10"), result["attacks"].get("autoattack"))
-        for column, value in zip(columns, values):
-            column += [value] * (value is not None)
-    if not columns[0]:
-        return "not run"
-    return " / ".join(f"{sum(column) / len(column):.1f}" if column else "-" for column in columns)
+    results = map(figures.read_json, Path("results/cpu").glob(f"{name}_wrn10-2_epochs*_eps{eps}_seed*.json"))
+    columns = zip(*((result["clean"], *figures.robust_under(result)) for result in results))
+    means = [figures.mean_std(column)[0] for column in columns]
+    return " / ".join("-" if mean is None else f"{mean:.1f}" for mean in means) or "not run"
 
 
 def test_the_readmes_table_of_methods_is_what_was_measured():

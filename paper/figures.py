@@ -1,14 +1,14 @@
 """The SLAT paper's figures and tables from your own runs, one sub-command each.
 
-    python -m paper.figures curves runs/slat runs/fgsm        Fig. 6: robust accuracy over epochs
-    python -m paper.figures alignment runs/slat runs/fgsm     Fig. 6: gradient alignment over epochs
-    python -m paper.figures landscape runs/slat runs/fgsm     Fig. 4: the loss around test images
-    python -m paper.figures grad-norm runs/slat runs/fgsm     Fig. 5: l1 norm of the gradient at every layer
-    python -m paper.figures linearity runs/slat runs/fgsm     eq. 6: how far the loss is from linear within eps
-    python -m paper.figures eps results/*_epochs30_*.json     Fig. 3: robust accuracy over the eps trained for
-    python -m paper.figures eta results/slat_*_eps8_*.json    Fig. 7: accuracy over SLAT's eta
-    python -m paper.figures dropout results/*_eps8_*.json     accuracy over dropout: when SLAT is reliable
-    python -m paper.figures table results/*.json              Tables 1 to 3: mean and std over seeds
+    python -m paper.figures curves runs/slat runs/fgsm            Fig. 6: robust accuracy over epochs
+    python -m paper.figures alignment runs/slat runs/fgsm         Fig. 6: gradient alignment over epochs
+    python -m paper.figures landscape runs/slat runs/fgsm         Fig. 4: the loss around test images
+    python -m paper.figures grad-norm runs/slat runs/fgsm         Fig. 5: l1 norm of the gradient at every layer
+    python -m paper.figures linearity runs/slat runs/fgsm         eq. 6: how far the loss is from linear within eps
+    python -m paper.figures eps results/cpu/*_epochs8_*.json      Fig. 3: robust accuracy over the eps trained for
+    python -m paper.figures eta results/cpu/*_epochs8_eps8_*      Fig. 7: accuracy over SLAT's eta
+    python -m paper.figures dropout results/cpu/*_epochs8_eps8_*  accuracy over dropout: when SLAT is reliable
+    python -m paper.figures table results/cpu/*.json              Tables 1 to 3: mean and std over seeds
 
 The first five take run folders, the last four the files that `eval_attacks.py --json` wrote. Every figure is written
 as NAME.png, NAME.svg and NAME.json (the numbers). Numbers in brackets are those of Park & Lee, arXiv:2104.01575.

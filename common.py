@@ -229,8 +229,11 @@ def to_float(images):
 NAMES = ("train_x", "train_y", "test_x", "test_y")
 
 
-def load_arrays(name, data_dir):
-    """({train_x, train_y, test_x, test_y}, class names) of a data set: cifar10, cifar100 or the path of an .npz."""
+def load_arrays(name, data_dir, splits=("train", "test")):
+    """({train_x, train_y, test_x, test_y}, class names) of a data set: cifar10, cifar100 or the path of an .npz.
+
+    splits: what an .npz must hold; ("test",) is enough for an evaluation.
+    """
     if name in ("cifar10", "cifar100"):
         import torchvision.datasets as datasets
 
@@ -247,20 +250,20 @@ def load_arrays(name, data_dir):
         fail(f"no data set {name!r}: give cifar10, cifar100 or the path of an .npz")
     try:
         with np.load(path, allow_pickle=False) as file:  # so that it cannot run code
-            arrays = {key: np.asarray(file[key]) for key in NAMES}
+            arrays = {key: np.asarray(file[key]) for key in NAMES if key.split("_")[0] in splits}
             classes = [str(c) for c in file["classes"]] if "classes" in file else []
     except Exception as error:  # zipfile, zlib and numpy each raise their own for a damaged file
         fail(f"{path} is not a data set, which needs {', '.join(NAMES)} ({first_line(error)})")
-    for split in ("train", "test"):
+    for split in splits:
         x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
             fail(f"{path}: {split}_x is {x.dtype} {x.shape}, it must be uint8 (N, H, W, 3)")
         if y.dtype.kind not in "iu" or y.shape != (len(x),):
             fail(f"{path}: {split}_y is {y.dtype} {y.shape}, it must be whole numbers ({len(x)},)")
-    if arrays["train_x"].shape[1:] != arrays["test_x"].shape[1:]:
+    if len({arrays[f"{split}_x"].shape[1:] for split in splits}) > 1:
         fail(f"{path}: train_x and test_x hold images of different sizes")
-    count = max(min(int(arrays["train_y"].max()) + 1, 1000), 2)
-    for split in ("train", "test"):
+    count = max(min(int(arrays[f"{splits[0]}_y"].max()) + 1, 1000), 2)
+    for split in splits:
         y = arrays[f"{split}_y"]
         if y.min() < 0 or y.max() >= count:
             fail(f"{path}: {split}_y has labels {y.min()} to {y.max()}, it must have 0 to {count - 1} at most")

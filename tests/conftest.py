@@ -77,9 +77,10 @@ def cli(monkeypatch, capsys):
     return call
 
 
-def train(method, epochs, out):
+def train(method, epochs, out, flags=""):
     """A small run of a method in a process of its own; the folder that it leaves."""
-    command = [sys.executable, f"train_{method}.py", *SMALL.split(), "--epochs", str(epochs), "--out", str(out)]
+    flags = f"{SMALL} {flags} --epochs {epochs} --out {out}".split()
+    command = [sys.executable, f"train_{method}.py", *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return out
 
@@ -142,12 +143,13 @@ def trained(tiny):
 
 
 class Linear(nn.Module):
-    """On images (N, 3, 2, 2), in float64."""
+    """On images (N, 3, 2, 2), in float64 and eval mode."""
 
     def __init__(self, classes=2):
         super().__init__()
         generator = torch.Generator().manual_seed(1)
         self.w = nn.Parameter(torch.randn(classes, 12, generator=generator, dtype=torch.float64))
+        self.eval()
 
     def forward(self, x):
         return x.flatten(1) @ self.w.T

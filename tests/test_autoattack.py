@@ -1,18 +1,37 @@
 """The attacks of AutoAttack against closed forms, slow reimplementations and torchattacks."""
 
-import math
+import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import torchattacks
 from torchattacks.attacks.fab import projection_linf
 
 import eval_attacks
 from conftest import EPS, SHORT, Linear, SmoothNet
-from eval_attacks import ATTACKS, AUTOATTACK, Apgd, Square, apgd, check_network, is_adversarial, pgd, predict, search
+from eval_attacks import ATTACKS, AUTOATTACK, apgd, check_network, is_adversarial, pgd, predict, run
 
 every_attack = pytest.mark.parametrize("name", ATTACKS)
+
+
+@pytest.fixture
+def loop_of(monkeypatch):
+    """The generator of an attack, called with one batch, and that batch."""
+
+    def get(attack, model, x, y, eps, **options):
+        calls = []
+        with monkeypatch.context() as patch:
+            patch.setattr(eval_attacks, "run", lambda *args, **_: calls.append(args))
+            attack(model, x, y, eps, **options)
+        (_, _, _, _, loop, steps, *_), low, high = calls[0], (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+        noise = functools.partial(eval_attacks.noise, x, torch.arange(len(x)), 0, 0)
+        b = SimpleNamespace(x=x, y=y, low=low, high=high, target=None, seed=0, noise=noise)
+        return loop(b, None, steps), b
+
+    return get
 
 
 def images(n, seed=2, size=2):
@@ -79,12 +98,7 @@ def test_dlr_by_hand():
     torch.testing.assert_close(eval_attacks.dlr(logits, y, torch.tensor([1, 3])), theirs)
 
 
-def test_apgd_checkpoints_by_hand():
-    windows = eval_attacks.apgd_checkpoints(100)
-    points = [iteration for iteration, window in enumerate(windows) if window]
-    assert len(windows) == 101 and points == [22, 41, 57, 70, 80, 87, 93, 99]
-    assert points[:5] == [math.ceil(100 * p) for p in (0.22, 0.41, 0.57, 0.70, 0.80)]
-    assert [windows[now] for now in points] == [now - before for before, now in zip([0, *points], points)]
+CHECKPOINTS = [0, 22, 41, 57, 70, 80, 87, 93, 99]  # of 100 steps: 0.22, then 0.03 less each time, at least 0.06
 
 
 def slow_apgd(model, x, y, eps, steps, start):
@@ -98,58 +112,43 @@ def slow_apgd(model, x, y, eps, steps, start):
     def clip(z):
         return torch.max(torch.min(z, x + eps), x - eps).clamp(0, 1)
 
-    size, points, windows = 2 * eps, [start], eval_attacks.apgd_checkpoints(steps)
-    losses, sizes = [f(start)[0]], [size]
-    best, best_loss, raised = start, losses[0], 0
-    best_losses, last_best, last_size = [best_loss], best_loss, None
+    size, points = 2 * eps, [start]
+    best, best_loss, raised, tried = start, f(start)[0], 0, [start]
+    last_best, last_size = best_loss, None
     for k in range(steps):
         here = points[-1]
         value, gradient = f(here)
         z = clip(here + size * gradient.sign())
         new = z if k == 0 else clip(here + 0.75 * (z - here) + 0.25 * (here - points[-2]))
         loss = f(new)[0]
+        tried.append(new)
         raised += loss > value
         if loss > best_loss:
             best, best_loss = new, loss
-        if windows[k + 1]:
-            one = raised < 0.75 * windows[k + 1]
+        if k + 1 in CHECKPOINTS:
+            one = raised < 0.75 * (k + 1 - CHECKPOINTS[CHECKPOINTS.index(k + 1) - 1])
             two = last_size == size and last_best == best_loss
             last_size, last_best, raised = size, best_loss, 0
             if one or two:
                 size, new = size / 2, best
         points.append(new)
-        best_losses.append(best_loss)
-        sizes.append(size)
-    return best, best_losses, sizes
+    return best, torch.cat(tried), size
 
 
-def test_apgd_is_algorithm_1():
+def test_apgd_is_algorithm_1(loop_of):
     torch.manual_seed(3)
-    model, x = SmoothNet().double(), images(3, size=6)
-    y = predict(model, x)
-    eps = 0.02
-    attack = Apgd(eps, 100, "ce")
-    history = []
-    step = attack.step
-
-    def watch(model, s):
-        out = step(model, s)
-        history.append({key: s[key].clone() for key in ("image", "best_loss", "step_size")})
-        return out
-
-    attack.step = watch
-    robust, x_adv = search(model, x, y, eps, attack, 1)
-    assert robust.all(), "the comparison needs full runs"
-    assert len(history) == 101
+    model, x = SmoothNet().double().eval(), images(3, size=6)
+    y, eps = predict(model, x), 0.02
+    loop, b = loop_of(apgd, model, x, y, eps)
+    points, _, bests = zip(*loop)
+    assert len(points) == 101
     for i in range(3):
-        t = eval_attacks.noise(x.shape[1:], 0, i, 0).double()
+        t = b.noise(3, 6, 6)[i : i + 1]
         start = (x[i : i + 1] + eps * t / t.abs().max()).clamp(0, 1)
-        best, losses, sizes = slow_apgd(model, x[i : i + 1], y[i : i + 1], eps, 100, start)
-        torch.testing.assert_close(x_adv[i : i + 1], best)
-        torch.testing.assert_close(torch.stack([h["best_loss"][i] for h in history]), torch.tensor(losses).double())
-        torch.testing.assert_close(torch.stack([h["step_size"][i] for h in history]), torch.tensor(sizes).double())
-        assert losses == sorted(losses), "the best loss never falls"
-        assert sizes[-1] < sizes[0] / 8
+        best, tried, size = slow_apgd(model, x[i : i + 1], y[i : i + 1], eps, 100, start)
+        torch.testing.assert_close(torch.stack(points)[:, i], tried)
+        torch.testing.assert_close(bests[-1][i : i + 1], best)
+        assert size < 2 * eps / 8
 
 
 def test_the_projection_is_that_of_torchattacks():
@@ -167,6 +166,19 @@ def test_the_projection_is_that_of_torchattacks():
     assert met.any() and not met.all()
 
 
+def test_the_projection_is_optimal_by_autograd():
+    """In float64: no other d on the plane and in the box is shorter (a subgradient of the distance proves it)."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        point, w = (torch.rand(40, generator=generator, dtype=torch.float64) for _ in range(2))
+        w, gap = w - 0.5, torch.tensor([1.0], dtype=torch.float64)
+        d = eval_attacks.project_to_plane(point[None], w[None], gap)[0]
+        t = d.abs().max().requires_grad_()
+        reach = (w.abs() * torch.minimum(torch.where(w > 0, 1 - point, point), t)).sum()
+        (slope,) = torch.autograd.grad(reach, t)
+        assert abs(float(reach.detach() - gap)) < 1e-12 and slope > 0  # with any shorter d the plane is out of reach
+
+
 def test_fab_finds_the_nearest_point_of_a_linear_network():
     """By the closed form, an image at distance r breaks at eps = 1.01 r and not at 0.99 r."""
     model, x = Linear(2), images(50)
@@ -180,47 +192,27 @@ def test_fab_finds_the_nearest_point_of_a_linear_network():
             assert eval_attacks.fab(model, x[i : i + 1], y[i : i + 1], 0.99 * r - 1e-6)[0]
 
 
-def test_the_squares_shrink_as_the_schedule_says():
-    side = Square(5000, 0.8, 1, (3, 32, 32), 0).side
-    ends = {10: 29, 50: 20, 200: 14, 500: 10, 1000: 7, 2000: 5, 4000: 4, 5000: 3}  # round(sqrt(p) 32)
-    assert [int(side[q]) for q in ends if q < 5000] == list(ends.values())[:-1]
-    assert [int(side[q + 1]) for q in ends if q < 4000] == list(ends.values())[1:-1]
-    assert int(side[4001]) == int(side[4999]) == 3
-
-
-def test_square_changes_one_square_a_query_and_keeps_what_raises_the_margin(trained):
-    model, x, y = trained
-    seen = []
-
-    class Watched(Square):
-        def step(self, model, s):
-            before, value = s["best"].clone(), s["margin"].clone()
-            candidate, logits = super().step(model, s)
-            assert (s["margin"] >= value).all()
-            kept = (s["best"] == candidate).flatten(1).all(1)
-            assert torch.equal(kept | (s["best"] == before).flatten(1).all(1), torch.ones_like(kept))
-            changed = (candidate != before).any(1)
-            for mask, age in zip(changed, s["age"]):
+def test_square_changes_one_square_a_query_and_keeps_what_raises_the_margin(trained, loop_of):
+    model, x, y = trained[0], *(v[:4] for v in trained[1:])
+    loop, b = loop_of(eval_attacks.square, model, x, y, EPS)
+    ends = {10: 29, 50: 20, 200: 14, 500: 10}  # the last query with squares of that side, round(sqrt(p) 32)
+    seen, before, highest = set(), None, torch.full((4,), -torch.inf)
+    for query, (tried, logits, best) in zip(range(501), loop):
+        value = eval_attacks.margin(logits, y)
+        assert (((tried - x).abs() - EPS).abs() < 1e-6).logical_or((tried == 0) | (tried == 1)).all()
+        if query:
+            side = next(side for end, side in ends.items() if query <= end)
+            for mask in (tried != before).any(1):
                 rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
                 if len(rows):
-                    side = int(self.side[age])
                     assert rows[-1] - rows[0] < side and columns[-1] - columns[0] < side
-                    seen.append((int(rows[-1]), int(columns[-1]), side))
-            edge = ((candidate - s["x"]).abs() - EPS).abs() < 1e-6
-            assert (edge | (candidate == 0) | (candidate == 1)).all()
-            return candidate, logits
-
-    calls = []
-
-    def count(batch):
-        calls.append(len(batch))
-        return model(batch)
-
-    x, y = x[:20], y[:20]
-    attack = Watched(60, 0.8, 1, x.shape[1:], 0)
-    robust, _ = search(count, x, y, EPS, attack, 1)
-    assert 60 * robust.sum() < sum(calls[1:]) <= 60 * (predict(model, x) == y).sum() + 20
-    assert any(row == 31 for row, _, _ in seen) and any(column == 31 for _, column, _ in seen)  # the last ones too
+                    seen |= {("side", query, len(rows)), ("row", int(rows[-1])), ("column", int(columns[-1]))}
+            kept = (best == tried).flatten(1).all(1)
+            assert torch.equal(kept | (best == before).flatten(1).all(1), torch.ones_like(kept))
+            assert (value[kept] >= highest[kept]).all() and (value[~kept] <= highest[~kept]).all()
+        before, highest = best, torch.maximum(value, highest)
+    assert all(any(("side", q, side) in seen for q in range(end - 9, end + 1)) for end, side in ends.items())
+    assert {("row", 31), ("column", 31)} <= seen  # the last ones too
 
 
 def test_rounding_fools_gradients_but_neither_square_nor_the_checks(trained):
@@ -233,10 +225,10 @@ def test_rounding_fools_gradients_but_neither_square_nor_the_checks(trained):
     survivors = {name: ATTACKS[name](rounded, x, y, EPS, **SHORT[name])[0] for name in ("pgd", "fab-t")}
     survivors["square"] = eval_attacks.square(rounded, x, y, EPS, queries=200)[0]
     assert survivors["square"].sum() < survivors["pgd"].sum() - 3
-    assert any("gradient is exactly zero" in line for line in check_network(rounded, x, y, EPS))
+    assert any("cross_entropy is exactly zero" in line for line in check_network(rounded, x, y, EPS))
     (line,) = eval_attacks.check_survivors(survivors)
-    more = int((survivors["pgd"] & survivors["fab-t"] & ~survivors["square"]).sum())
-    assert f"broke {more} of 40 images that pgd, fab-t could not" in line
+    more = int((survivors["fab-t"] & ~survivors["square"]).sum())
+    assert f"broke {more} of 40 images that the other attacks could not" in line
     assert (predict(rounded, x) == y).sum() > survivors["square"].sum()
 
 
@@ -250,54 +242,42 @@ def test_saturated_logits_fool_the_cross_entropy_but_not_dlr(trained):
 
     assert pgd(scaled, x, y, EPS, 20, 1, random_start=False)[0].sum() > plain.sum() + 3
     assert torch.equal(apgd(scaled, x, y, EPS, "dlr", steps=20)[0], plain)
-    assert any("gradient is exactly zero" in line for line in check_network(scaled, x, y, EPS))
+    assert any("cross_entropy is exactly zero" in line for line in check_network(scaled, x, y, EPS))
 
 
 def test_the_checks_of_a_network(trained):
     model, x, y = trained
     assert check_network(model, x, y, EPS) == []
     assert "probabilities" in check_network(nn.Sequential(model, nn.Softmax(1)).eval(), x, y, EPS)[0]
-    noisy = check_network(nn.Sequential(nn.Dropout(0.5), model), x, y, EPS)
-    assert "train mode" in noisy[0] and "randomised" in noisy[1]
-    model.eval()
-    linear = Linear(4).eval()
-    (few,) = check_network(linear, images(9), predict(linear, images(9)), EPS)
-    assert few == "4 classes: the targeted attacks take 3 targets instead of 9"
-    kept = torch.tensor([True, True, False])
-    assert (
-        eval_attacks.check_survivors({"square": kept})
-        == eval_attacks.check_survivors({"pgd": kept, "square": kept})
-        == []
-    )
+    (few,) = check_network(Linear(4).eval(), images(9), predict(Linear(4), images(9)), EPS)
+    assert few == "4 classes: the targeted attacks take 3 targets, not 9"
     thousand = torch.arange(1000)
-    assert eval_attacks.check_survivors({"pgd": thousand >= 0, "square": thousand >= 2}) == []
-    assert "broke 3 of 1000 images" in eval_attacks.check_survivors({"pgd": thousand >= 0, "square": thousand >= 3})[0]
+    for broken, sentences in ((0, 0), (2, 0), (3, 1)):
+        found = eval_attacks.check_survivors({"fab-t": thousand >= 0, "square": thousand >= broken})
+        assert len(found) == sentences and all(f"broke {broken} of 1000 images" in line for line in found)
 
 
-@pytest.mark.parametrize(("precision", "length"), [("fp32", 9), ("bf16", 10)])
-def test_every_survivor_was_attacked_in_full(trained, precision, length):
-    """Iterations of survivors, counted, by target class; with bf16 a twentieth more, in float32."""
+@pytest.mark.parametrize(("precision", "lengths"), [("fp32", [9]), ("bf16", [9, 1])])
+def test_every_survivor_is_attacked_in_full(trained, precision, lengths):
+    """Every target class, the highest logit first, in batches of one size; with bf16 a twentieth more, in float32."""
     model, x, y = trained
-    attack, steps = Apgd(EPS, 8, "dlr-targeted"), []
-    inner = attack.step
+    searches = []
 
-    def watch(model, s):
-        late = s["age"] >= 9
-        assert late.all() or not late.any()
-        assert torch.is_autocast_enabled("cpu") == (precision == "bf16" and not late.any())
-        steps.extend(zip(s["image"].tolist(), s["target"].tolist()))
-        return inner(model, s)
+    def loop(b, best, steps):
+        assert torch.is_autocast_enabled("cpu") == (precision == "bf16" and best is None)
+        searches.append((b.x[:, 0, 0, 0].tolist(), b.target.tolist(), steps))
+        for _ in range(steps):
+            yield b.x, F.one_hot(b.y, 10).float(), b.x
 
-    attack.step = watch
-    robust, _ = search(model, x, y, EPS, attack, 9, batch_size=16, precision=precision)
-    assert robust.any()
-    ranking = model(x).argsort(1, descending=True)
-    for image in robust.nonzero().flatten().tolist():
-        targets = [target for i, target in steps if i == image]
-        assert all(targets.count(target) == length for target in range(10) if target != y[image])
-        assert len(targets) == 9 * length
-        # They begin in the order of the logits of the clean image.
-        assert list(dict.fromkeys(targets)) == ranking[image, 1:].tolist()
+    robust, x_adv = run(model, x, y, EPS, loop, 9, 9, True, batch_size=16, precision=precision, before=(y >= 0, x))
+    left = robust.nonzero().flatten()
+    assert torch.equal(x_adv, x) and len(left) > 16 and torch.equal(robust, predict(model, x) == y)
+    ranking, expected = model(x).argsort(1, descending=True), []
+    for trial in range(9):
+        for part in left.split(16):
+            row = x[part, 0, 0, 0].tolist(), ranking[part, trial + 1].tolist()
+            expected += [(*row, length) for length in lengths]
+    assert searches == expected
 
 
 def test_bf16_search_and_float32_search_agree(trained):
@@ -308,35 +288,29 @@ def test_bf16_search_and_float32_search_agree(trained):
         assert abs(int(robust.sum() - ATTACKS[name](model, x, y, EPS, **SHORT[name])[0].sum())) <= 2
 
 
-@every_attack
-def test_resuming_from_any_saved_state_changes_nothing(trained, name, monkeypatch):
-    model, x, y = trained
-    saved = []
-
-    def save(state):
-        sets = [{key: value.clone() for key, value in s.items()} for s in state["sets"]]
-        saved.append(state | {"robust": state["robust"].clone(), "x_adv": state["x_adv"].clone(), "sets": sets})
-
-    monkeypatch.setattr(eval_attacks, "SAVE_EVERY", 0)
-    options = {**SHORT[name], "batch_size": 13, "precision": "bf16"}
-    robust, x_adv = ATTACKS[name](model, x, y, EPS, **options, save=save)
-    assert saved
-    for state in saved[:: max(len(saved) // 3, 1)]:
-        again, again_adv = ATTACKS[name](model, x, y, EPS, **options, resume=state)
-        assert torch.equal(again, robust) and torch.equal(again_adv, x_adv)
-
-
 def test_autoattack_is_its_four_attacks_in_turn(trained, monkeypatch):
     model, x, y = trained
-    for name in AUTOATTACK:
-        plain = ATTACKS[name]
-        monkeypatch.setitem(ATTACKS, name, lambda *a, plain=plain, name=name, **k: plain(*a, **SHORT[name], **k))
+    budgets = {"apgd": {"steps": 8, "targets": 3}, "fab": SHORT["fab-t"], "square": SHORT["square"]}
+    for name, budget in budgets.items():
+        monkeypatch.setattr(eval_attacks, name, functools.partial(getattr(eval_attacks, name), **budget))
     robust, x_adv = eval_attacks.autoattack(model, x, y, EPS)
     assert torch.equal(is_adversarial(model, x, x_adv, y, EPS), ~robust)
-    left = torch.arange(len(y))
-    for name in AUTOATTACK:
-        left = left[ATTACKS[name](model, x[left], y[left], EPS)[0]]
-    assert left.tolist() == robust.nonzero().flatten().tolist()
+    found = eval_attacks.apgd(model, x, y, EPS)
+    found = eval_attacks.apgd(model, x, y, EPS, loss="dlr-targeted", before=found)
+    found = eval_attacks.square(model, x, y, EPS, before=eval_attacks.fab(model, x, y, EPS, before=found))
+    assert torch.equal(robust, found[0]) and torch.equal(x_adv, found[1])
+
+
+@every_attack
+def test_an_image_starts_at_the_same_points_whatever_else_is_attacked(trained, name):
+    """What `before` leaves out changes nothing for the others."""
+    model, x, y = trained
+    whole, whole_adv = ATTACKS[name](model.double(), x.double(), y, EPS, **SHORT[name])
+    some = torch.arange(len(y)) % 3 == 0
+    robust, x_adv = ATTACKS[name](model, x.double(), y, EPS, before=(some, x.double()), **SHORT[name])
+    model.float()
+    assert torch.equal(robust[some], whole[some]) and not robust[~some].any()
+    torch.testing.assert_close(x_adv[some], whole_adv[some])
 
 
 def test_torchattacks_agrees(trained):

@@ -1,16 +1,42 @@
+import argparse
+import collections
 import functools
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 import torchattacks
 
 import common
 import eval_attacks
-from conftest import EPS, SHORT, TINY, train
-from eval_attacks import is_adversarial, noise, pgd, plain_pgd, predict
+from conftest import EPS, SHORT, TINY, Linear, train
+from eval_attacks import ContractError, autoattack, check_network, is_adversarial, noise, pgd, predict, square
 from wrn import load_model
+
+# ---------------------------------------------------------------- PGD and verdicts
+
+
+def plain_pgd(model, x, y, eps, steps, restarts, seed):
+    """What pgd has to find, in its simplest form: all restarts and steps for every image, in one batch."""
+    low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+    robust, x_adv = model(x).argmax(1) == y, x
+    for trial in range(restarts):
+        point = (x + eps * noise(x, torch.arange(len(x)), seed, trial, *x.shape[1:])).clamp(low, high)
+        for _ in range(steps + 1):  # the last point is checked too
+            logits = model(point.requires_grad_())
+            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), point)
+            x_adv = torch.where(robust.view(-1, 1, 1, 1), point.detach(), x_adv)
+            robust = robust & (logits.argmax(1) == y)
+            point = (point.detach() + eps / 4 * gradient.sign()).clamp(low, high)
+    return robust, x_adv
 
 
 @pytest.mark.parametrize("restarts", [1, 3])
@@ -18,15 +44,22 @@ def test_pgd_finds_what_plain_pgd_finds(trained, restarts):
     """The same noise: the same verdicts, and survivors end at the same points, whatever the batch size."""
     model, x, y = trained
     model, x, y = model.double(), x[:30].double(), y[:30]
-    robust, x_adv = plain_pgd(model, x, y, EPS, 5, restarts, seed=3)
+    robust, x_adv = plain_pgd(model, x, y, EPS, 5, restarts, 3)
     assert torch.equal(is_adversarial(model, x, x_adv, y, EPS), ~robust)
     assert 0 < robust.sum() < (predict(model, x) == y).sum()
-    assert not torch.equal(noise(x.shape[1:], 3, 0, 0), noise(x.shape[1:], 3, 0, 1))  # restarts differ
     for batch_size in (1, 7, 1000):
         fast, fast_adv = pgd(model, x, y, EPS, 5, restarts, seed=3, batch_size=batch_size)
         assert torch.equal(fast, robust)
         torch.testing.assert_close(fast_adv[robust], x_adv[robust])
     model.float()
+
+
+def test_noise_depends_on_seed_image_and_trial_alone():
+    x, image = torch.zeros(2, 3, 4, 4), torch.tensor([7, 8])
+    first = noise(x, image, 1, 2, 3, 4, 4)
+    assert torch.equal(first.flip(0), noise(x, image.flip(0), 1, 2, 3, 4, 4)) and first.abs().max() <= 1
+    others = [noise(x, image, *key, 3, 4, 4) for key in ((1, 3), (2, 2))]
+    assert all(not torch.equal(a, b) for a, b in ((first[0], first[1]), (first, others[0]), (first, others[1])))
 
 
 def test_survivors_end_where_torchattacks_pgd_ends(trained):
@@ -40,37 +73,6 @@ def test_survivors_end_where_torchattacks_pgd_ends(trained):
     assert not robust[predict(model, theirs) != y].any()
 
 
-def test_the_active_set_is_full_and_spends_no_more_than_it_must(trained, monkeypatch):
-    """Images times steps, counted: a survivor costs restarts * (steps + 1), a broken one up to where it broke."""
-    model, x, y = trained
-    calls, bounds = [], []
-    monkeypatch.setattr(eval_attacks, "REPORT_EVERY", 0)
-
-    def counting(images):
-        if torch.is_grad_enabled():
-            calls.append(len(images))
-        return model(images)
-
-    robust, _ = pgd(counting, x, y, EPS, 5, 4, batch_size=10, report=lambda done, left, _: bounds.append((done, left)))
-    survivors = int(robust.sum())
-    first = int((predict(model, x) == y).sum())
-    assert survivors * 4 * 6 <= sum(calls) < first * 4 * 6
-    full = [n == 10 for n in calls]
-    assert all(full[: full.index(False)]) and full.index(False) > 0.6 * len(full)
-    assert [done for done, _ in bounds[:-1]] == [sum(calls[: i + 1]) for i in range(len(calls))]
-    assert bounds[-1] == bounds[-2] == (sum(calls), 0)
-    left = [left for _, left in bounds]
-    assert left == sorted(left, reverse=True) and left[-1] == 0
-
-
-def test_verdicts_are_float32_under_autocast(trained):
-    """bfloat16 misjudges some clean images; what counts is the float32 network's word."""
-    model, x, y = trained
-    with torch.autocast("cpu", torch.bfloat16):
-        robust, x_adv = pgd(model, x, y, EPS, steps=5, restarts=1)
-    assert ((predict(model, x_adv) != y) == ~robust).all()
-
-
 def test_a_claim_outside_the_ball_or_the_box_does_not_count():
     def never_right(images):
         return torch.tensor([[1.0, 0.0]]).repeat(len(images), 1)
@@ -82,114 +84,325 @@ def test_a_claim_outside_the_ball_or_the_box_does_not_count():
     assert not is_adversarial(never_right, x, x_adv, 0 * y, 1.0).any()
 
 
+@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize("precision", [None, "fp32", "bf16"])
+def test_verdicts_use_neither_autocast_nor_tf32(trained, precision, newer):
+    """With both allowed outside, by torch's older switches or its newer ones; afterwards they are as they were."""
+    model, x, y = trained
+    cudnn, matmul, calls = torch.backends.cudnn, torch.backends.cuda.matmul, collections.Counter()
+    if newer and not hasattr(cudnn, "conv"):
+        pytest.skip("this torch has no newer switches")
+
+    def settings():
+        tf32 = (cudnn.conv.fp32_precision, matmul.fp32_precision) if newer else (cudnn.allow_tf32, matmul.allow_tf32)
+        return tf32, torch.is_autocast_enabled("cpu")
+
+    def watched(images):
+        calls[torch.is_grad_enabled(), settings()] += 1
+        return model(images)
+
+    script = torch.get_float32_matmul_precision()
+    try:
+        if newer:
+            cudnn.conv.fp32_precision = matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        with torch.autocast("cpu", torch.bfloat16):
+            outside = settings()
+            robust, x_adv = pgd(watched, x, y, EPS, steps=3, restarts=1, precision=precision)
+            assert settings() == outside
+    finally:
+        if newer:
+            cudnn.conv.fp32_precision, matmul.fp32_precision = "tf32", "none"
+        else:
+            torch.set_float32_matmul_precision(script)
+    exact = (("ieee", "ieee") if newer else (False, False), False)
+    assert outside != exact and {s for grad, s in calls if not grad} == {exact}
+    assert {s for grad, s in calls if grad} == {None: {outside}, "fp32": {exact}, "bf16": {outside, exact}}[precision]
+    assert ((predict(model, x_adv) != y) == ~robust).all()
+
+
+# ---------------------------------------------------------------- the contract of a call
+
+X, Y = torch.rand(6, 3, 2, 2, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1, 2, 0, 1, 2])
+HALF_TRAINED = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.1), nn.Flatten(), nn.Linear(12, 3)).double().eval()
+HALF_TRAINED[0].train()
+CALLS = {
+    "above 1": (lambda: (Linear(3), 255 * X, Y, EPS), r"x must lie in \[0, 1\], it goes from .* to 2"),
+    "normalised": (lambda: (Linear(3), X - 0.5, Y, EPS), r"x must lie in \[0, 1\], it goes from -0"),
+    "not a number": (lambda: (Linear(3), X * torch.nan, Y, EPS), r"x must lie in \[0, 1\]"),
+    "uint8": (lambda: (Linear(3), (255 * X).byte(), Y, EPS), r"float32 or float64, not torch.uint8 \(6, 3, 2, 2\)"),
+    "half": (lambda: (Linear(3), X.half(), Y, EPS), "float32 or float64, not torch.float16"),
+    "numpy": (lambda: (Linear(3), X.numpy(), Y, EPS), "float32 or float64, not ndarray"),
+    "one image": (lambda: (Linear(3), X[0], Y, EPS), r"\(N, C, H, W\) in float32 or float64, not .* \(3, 2, 2\)"),
+    "eps in pixels": (lambda: (Linear(3), X, Y, 8), r"eps must be a number in \[0, 1\], such as 8 / 255, not 8"),
+    "eps below 0": (lambda: (Linear(3), X, Y, -EPS), "eps must be a number"),
+    "eps is nan": (lambda: (Linear(3), X, Y, float("nan")), "eps must be a number"),
+    "eps is text": (lambda: (Linear(3), X, Y, "8/255"), "eps must be a number"),
+    "one-hot": (lambda: (Linear(3), X, F.one_hot(Y), EPS), "one class index for each of 6 images"),
+    "float labels": (lambda: (Linear(3), X, Y.double(), EPS), "one class index for each of 6 images"),
+    "labels too few": (lambda: (Linear(3), X, Y[:5], EPS), r"each of 6 images, not torch.int64 \(5,\)"),
+    "label of no class": (lambda: (Linear(3), X, Y + 1, EPS), "y must lie in 0 to 2, it goes from 1 to 3"),
+    "label below 0": (lambda: (Linear(3), X, Y - 1, EPS), "y must lie in 0 to 2, it goes from -1 to 1"),
+    "train mode": (lambda: (Linear(3).train(), X, Y, EPS), r"the network is in train mode: call model.eval\(\)"),
+    "a module in train mode": (lambda: (HALF_TRAINED, X, Y, EPS), r"0 is in train mode: call model.eval\(\)"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_breaks_the_contract_is_one_line(name):
+    make, message = CALLS[name]
+    model, *rest = make()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for attack in (pgd, square, autoattack):
+        with pytest.raises(ContractError, match=message) as error:
+            attack(model, *rest)
+        assert "\n" not in str(error.value)
+    assert len(check_network(model, *rest)) == 1
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Net(nn.Module):
+    """A linear network with a twist; always in eval mode."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.linear, self.twist = Linear(3), forward
+        self.eval()
+
+    def forward(self, x):
+        return self.twist(self.linear, x)
+
+
+def writes(linear, x):
+    x.sub_(0.1)
+    return linear(x)
+
+
+def stuck(linear, x):
+    with torch.no_grad():
+        return linear(x)
+
+
+NETWORKS = {
+    "a tuple": (lambda f, x: (f(x), x), r"must return float logits \(6, classes\), not tuple"),
+    "a dict": (lambda f, x: {"logits": f(x)}, r"must return float logits \(6, classes\), not dict"),
+    "squeezed": (lambda f, x: f(x).squeeze(0), r"float logits \(1, classes\), not torch.float64 \(3,\)"),
+    "one logit": (lambda f, x: f(x)[:, :1], r"float logits \(6, classes\), not torch.float64 \(6, 1\)"),
+    "classes": (lambda f, x: f(x).argmax(1), r"float logits \(6, classes\), not torch.int64 \(6,\)"),
+    "integers": (lambda f, x: f(x).long(), r"float logits \(6, classes\), not torch.int64 \(6, 3\)"),
+    "half the batch": (lambda f, x: f(x)[::2], r"float logits \(6, classes\), not torch.float64 \(3, 3\)"),
+    "depends on the batch": (lambda f, x: f(x - x.mean(0)), "depend on the rest of its batch"),
+    "BatchNorm without statistics": (lambda f, x: f(F.batch_norm(x, None, None, training=True)), "depend on the rest"),
+    "not finite": (lambda f, x: f(x) / (x.amax((1, 2, 3)) < 0.9)[:, None], "the logits are not finite at"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_that_breaks_the_contract_is_one_line(name):
+    twist, message = NETWORKS[name]
+    images = X[:3]  # with their opposites, six in the first pass
+    for attack in (pgd, square, autoattack):
+        with pytest.raises(ContractError, match=message):
+            attack(Net(twist), images, Y[:3], EPS)
+    (sentence,) = check_network(Net(twist), images, Y[:3], EPS)
+    assert "\n" not in sentence
+
+
+def right(model):
+    return predict(model, X)
+
+
+def test_a_network_without_gradient_is_left_to_square():
+    for twist in (stuck, lambda f, x: f(x.detach())):
+        model = Net(twist)
+        with pytest.raises(ContractError, match="no gradient reaches the image .* only Square"):
+            pgd(model, X, right(model), EPS)
+        assert any("no gradient reaches the image" in line for line in check_network(model, X, right(model), EPS))
+        plain = square(Linear(3), X, right(model), 0.2, queries=50)[0]
+        assert torch.equal(square(model, X, right(model), 0.2, queries=50)[0], plain) and not plain.all()
+
+
+def test_a_gradient_that_is_not_finite_is_no_robustness():
+    model = Net(lambda f, x: f(x + 1e-9 * (x - x.detach()).abs().sqrt()))
+    for attack in (pgd, autoattack):
+        with pytest.raises(ContractError, match="the gradient is not finite"):
+            attack(model, X, right(model), EPS)
+    assert "the gradient is not finite" in check_network(model, X, right(model), EPS)[-1]
+
+
+def test_a_sigmoid_at_the_end_is_named():
+    model = Net(lambda f, x: torch.sigmoid(1e4 * f(x)))
+    found = check_network(model, X, right(model), EPS)
+    assert any("remove the softmax or sigmoid" in line for line in found)
+    assert any("gradient of the margin is exactly zero" in line for line in found)
+
+
+def test_a_randomised_network_is_named():
+    found = check_network(Net(lambda f, x: f(x) + torch.randn(len(x), 3)), X, Y, EPS)
+    assert any("the network is randomised" in line for line in found)
+
+
+@pytest.mark.parametrize("name", eval_attacks.ATTACKS)
+def test_habits_of_other_peoples_networks_and_callers_change_nothing(name):
+    """Networks that write into their input or want NCHW in memory; images with a graph, channels_last; int32 labels."""
+    y, attack = predict(Linear(3), X), eval_attacks.ATTACKS[name]
+    robust, x_adv = attack(Linear(3), X, y, 0.1, **SHORT[name])
+    assert 0 < robust.sum() < 6
+
+    def shallow(f, x):
+        assert x.grad_fn is None or type(x.grad_fn.next_functions[0][0]).__name__ == "AccumulateGrad"
+        return f(x.view(len(x), -1).view(x.shape))
+
+    graph = X.clone().requires_grad_() + 0
+    for x, labels in ((X.contiguous(memory_format=torch.channels_last), y), (graph, y.int())):
+        found, adv = attack(Net(shallow), x, labels, 0.1, **SHORT[name])
+        assert torch.equal(found, robust) and torch.equal(adv, x_adv) and not adv.requires_grad
+    model = Linear(3)
+    with torch.inference_mode():
+        assert torch.equal(attack(model, X + 0, y + 0, 0.1, **SHORT[name])[0], robust)
+    before, shifted = X.clone(), Net(lambda f, x: f(x - 0.1))
+    y = predict(shifted, X)
+    found = attack(Net(writes), X, y, 0.1, **SHORT[name])
+    assert torch.equal(found[0], attack(shifted, X, y, 0.1, **SHORT[name])[0]) and torch.equal(X, before)
+
+
+@pytest.mark.parametrize("name", eval_attacks.ATTACKS)
+def test_no_pass_is_larger_than_batch_size(trained, name):
+    model, x, y = trained
+    sizes = set()
+
+    def watched(images):
+        sizes.add(len(images))
+        return model(images)
+
+    eval_attacks.ATTACKS[name](watched, x, y, EPS, batch_size=4, **SHORT[name])
+    check_network(watched, x, y, EPS, batch_size=4)
+    assert max(sizes) == 4
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, "compile"])
+def test_wrapped_networks(trained, wrap):
+    """A batch keeps its size, so that torch.compile sees few of them; nobody's weights stay frozen."""
+    model, x, y = trained
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(1)
+        return graph.forward
+
+    if wrap == "compile":
+        torch._dynamo.reset()
+        wrapped = torch.compile(model, backend=backend)
+    else:
+        wrapped = wrap(model).eval()
+    frozen = next(model.parameters()).requires_grad_(False)
+    for name in ("pgd", "apgd-t", "square"):
+        robust, _ = eval_attacks.ATTACKS[name](wrapped, x, y, EPS, batch_size=16, **SHORT[name])
+        assert torch.equal(robust, eval_attacks.ATTACKS[name](model, x, y, EPS, batch_size=16, **SHORT[name])[0])
+    assert len(graphs) <= 12 and [p.requires_grad for p in model.parameters()].count(False) == 1
+    frozen.requires_grad_(True)
+
+
+# ---------------------------------------------------------------- the command line
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return train("slat", 2, tmp_path_factory.mktemp("run") / "slat")
+    """A run with an eps of its own."""
+    return train("slat", 2, tmp_path_factory.mktemp("run") / "slat", "--eps 2")
 
 
-def test_command_line(cli, run, tmp_path):
-    file, picture = tmp_path / "result.json", tmp_path / "examples.png"
-    flags = f"--attack fgsm,pgd --steps 3 --restarts 2 --n 50 --eps 2 --json {file} --examples {picture}"
-    code, out, _ = cli(eval_attacks, f"{run} {flags}")
-    assert code == 0 and "pgd-3-2" in out
-    result = json.loads(file.read_text())
-    assert {"clean", "robust", "attacks", "n", "eps", "seconds", "torch", "device", "command"} <= set(result)
-    assert result["n"] == 50 and result["eps"] == 2
-    assert result["training"]["method"] == "slat" and result["training"]["last_epoch"]["epoch"] == 2
-    assert result["robust"] == result["attacks"]["pgd-3-2"] <= result["attacks"]["fgsm"] <= result["clean"]
-
-    model = load_model(run)
-    arrays, classes = common.load_arrays(TINY, "data")
-    x, y = common.Data("", classes, arrays, "cpu").test(50)
-    assert result["clean"] == 100 * (predict(model, x) == y).double().mean().item()
-    assert max(map(len, out.splitlines()[1:6])) <= 80
-    assert result["robust"] < result["clean"] and picture.read_bytes().startswith(b"\x89PNG")
-
-    for name in ("best.pt", "checkpoint.pt"):
-        assert cli(eval_attacks, f"{run / name} --steps 1 --restarts 1 --n 5")[0] == 0
+def result(cli, flags, path):
+    """The JSON of an evaluation, which ends well, and what it printed."""
+    code, out, err = cli(eval_attacks, f"{flags} --json {path}")
+    assert code == 0, err
+    return json.loads(path.read_text()), out, err
 
 
 @pytest.fixture
 def short(monkeypatch):
     """AutoAttack with budgets for tests."""
-    for name, options in SHORT.items():
-        if name != "pgd":
-            attack = functools.partial(eval_attacks.ATTACKS[name], **options)
-            monkeypatch.setitem(eval_attacks.ATTACKS, name, attack)
-    monkeypatch.setattr(eval_attacks, "SAVE_EVERY", 0)
+    for table in (eval_attacks.ATTACKS, eval_attacks.AUTOATTACK):
+        for name in table.keys() - {"pgd"}:
+            monkeypatch.setitem(table, name, functools.partial(table[name], **SHORT[name]))
 
 
-def test_autoattack_on_the_command_line(cli, run, tmp_path, short):
-    file = tmp_path / "result.json"
-    code, out, err = cli(eval_attacks, f"{run} --attack autoattack,pgd --steps 2 --restarts 1 --n 40 --json {file}")
-    assert code == 0 and not err
-    result = json.loads(file.read_text())
-    order = ["apgd-ce", "apgd-t", "fab-t", "square", "pgd-2-1", "autoattack"]
-    assert list(result["attacks"]) == order and [line.split()[0] for line in out.splitlines()[5:11]] == order
-    accuracies = [result["attacks"][name] for name in order[:-1]]
-    assert [result["clean"], *accuracies] == sorted([result["clean"], *accuracies], reverse=True)
-    assert result["attacks"]["autoattack"] == result["attacks"]["square"]
-    assert result["robust"] == accuracies[-1]
-    alone = tmp_path / "alone.json"
-    cli(eval_attacks, f"{run} --attack autoattack --individual --n 40 --json {alone}")
-    alone = json.loads(alone.read_text())
-    assert alone["attacks"]["autoattack"] == alone["robust"] <= min(alone["attacks"].values())
-    assert alone["attacks"]["apgd-ce"] == result["attacks"]["apgd-ce"]
+def test_command_line(cli, run, tmp_path, short):
+    """eps is the run's; every attack is alone on all images; autoattack's parts go on from one another."""
+    flags = f"{run} --attack square,pgd,autoattack,fgsm --steps 3 --restarts 2 --n 50"
+    found, out, err = result(cli, flags, tmp_path / "r.json")
+    assert not err and max(map(len, out.splitlines()[1:])) <= 80
+    keys = {"clean", "robust", "attacks", "n", "eps", "seconds", "torch", "device", "command", "training"}
+    assert keys <= found.keys() and found["n"] == 50 and found["eps"] == 2
+    assert found["training"]["method"] == "slat" and found["training"]["last_epoch"]["epoch"] == 2
+    model = load_model(run)
+    arrays, classes = common.load_arrays(TINY, "data")
+    x, y = common.Data("", classes, arrays, "cpu").test(50)
+    right = predict(model, x) == y
+    assert found["clean"] == eval_attacks.percent(right)
+    masks = {name: eval_attacks.ATTACKS[name](model, x, y, 2 / 255)[0] for name in ("square", "fgsm")}
+    masks["pgd-3-2"] = pgd(model, x, y, 2 / 255, 3, 2)[0]
+    before, parts = (), []
+    for attack in eval_attacks.AUTOATTACK.values():
+        before = attack(model, x, y, 2 / 255, before=before)
+        parts.append(eval_attacks.percent(before[0]))
+    masks["autoattack"] = before[0]
+    assert found["attacks"] == {name: eval_attacks.percent(mask) for name, mask in masks.items()}
+    assert list(found["attacks"]) == ["square", "pgd-3-2", "autoattack", "fgsm"]
+    assert list(found["autoattack_parts"].values()) == parts and parts == sorted(parts, reverse=True)
+    assert found["robust"] == eval_attacks.percent(torch.stack(list(masks.values())).all(0)) < found["clean"]
+    for name in ("best.pt", "checkpoint.pt"):
+        assert cli(eval_attacks, f"{run / name} --steps 1 --restarts 1 --n 5")[0] == 0
+
+
+def test_step_size_is_in_multiples_of_eps_and_a_small_eps_is_noticed(cli, run, tmp_path):
+    once = f"{run} --n 40 --attack pgd --steps 1 --restarts 1"
+    found, _, err = result(cli, f"{once} --eps 0.9 --step-size 2", tmp_path / "r.json")
+    assert err == "note: --eps 0.9 is in units of 1/255\n"
+    x, y = common.Data("", *reversed(common.load_arrays(TINY, "data")), "cpu").test(40)
+    robust, _ = pgd(load_model(run), x, y, 0.9 / 255, 1, 1, step_size=1.8 / 255)
+    assert found["attacks"]["pgd-1-1"] == eval_attacks.percent(robust)
 
 
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(cli, run, tmp_path, short, monkeypatch):
-    """Killed at every second save."""
-    flags = f"{run} --attack autoattack --n 40 --batch-size 9 --search-precision bf16"
-    whole, state, file, adv = (tmp_path / name for name in ("whole.json", "state.pt", "file.json", "adv.npz"))
-    cli(eval_attacks, f"{flags} --json {whole}  --save-adv {adv}")
-    plain, saves, kills = common.write_torch, [], 0
-
-    class Killed(BaseException):
-        pass
+    """Killed after every attack; each is saved once."""
+    flags = f"{run} --attack autoattack,pgd --steps 3 --restarts 1 --n 40 --search-precision bf16 --eps 8"
+    state, adv = tmp_path / "state.pt", tmp_path / "adv.npz"
+    whole = result(cli, f"{flags} --save-adv {adv}", tmp_path / "whole.json")[0]
+    plain, kills, file, again = common.write_torch, 0, tmp_path / "file.json", tmp_path / "again.npz"
 
     def write(path, content):
         plain(path, content)
-        saves.append(path)
-        if len(saves) == 2:
-            raise Killed
+        raise SystemExit("killed")
 
     monkeypatch.setattr(common, "write_torch", write)
-    again = tmp_path / "again.npz"
     while not file.exists():
-        saves.clear()
-        try:
-            code, _, err = cli(eval_attacks, f"{flags} --state {state} --json {file} --save-adv {again}")
-        except Killed:
-            kills += 1
-        else:
-            assert code == 0, err
-    assert kills > 5
-    results = [json.loads(path.read_text()) for path in (whole, file)]
-    assert results[0]["attacks"] == results[1]["attacks"]
+        code, _, _ = cli(eval_attacks, f"{flags} --state {state} --json {file} --save-adv {again}")
+        kills += code == "killed"
+    found = json.loads(file.read_text())
+    assert (
+        kills == 5 and found["attacks"] == whole["attacks"] and found["autoattack_parts"] == whole["autoattack_parts"]
+    )
     assert np.array_equal(np.load(adv)["x"], np.load(again)["x"])
-    # Once it has ended, the state tells the result without any attack.
-    monkeypatch.setattr(eval_attacks, "search", None)
-    assert cli(eval_attacks, f"{flags} --state {state}")[0] == 0
     other = flags.replace(str(run), str(run / "best.pt"))
     for mismatch, reason in (
-        (f"{flags} --eps 4", "--eps was 8"),
-        (f"{other} --n 20", "the network or the images were"),
+        (f"{flags} --seed 4", "--seed was 0 there and is 4 now"),
+        (f"{other} --n 20", "the network or the images were different"),
     ):
         code, _, err = cli(eval_attacks, f"{mismatch} --state {state}")
         assert code == 2 and f"another evaluation ({reason}" in err and err.count("\n") == 1
-    content = torch.load(state, weights_only=True)
-    torch.save({"identity": content["identity"]}, tmp_path / "empty.pt")
     (tmp_path / "short.pt").write_bytes(state.read_bytes()[:1000])
-    for damaged in (tmp_path / "empty.pt", tmp_path / "short.pt", run / "model.pt"):
+    for damaged in (tmp_path / "short.pt", run / "model.pt"):
         code, _, err = cli(eval_attacks, f"{flags} --state {damaged}")
-        assert code == 2 and "damaged, or not the state of an evaluation" in err and err.count("\n") == 1
+        assert code == 2 and str(damaged) in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("float32", np.float32), ("uint8", np.uint8)])
 def test_adversarial_images_are_saved_as_what_they_are(cli, run, tiny, tmp_path, kind, dtype):
-    file, result = tmp_path / "adv.npz", tmp_path / "result.json"
+    file = tmp_path / "adv.npz"
     flags = f"--attack pgd --steps 5 --restarts 1 --eps 8.5 --n 50 --save-adv {file} --save-adv-as {kind}"
-    assert cli(eval_attacks, f"{run} {flags} --json {result}")[0] == 0
+    robust = result(cli, f"{run} {flags}", tmp_path / "r.json")[0]["robust"]
     with np.load(file, allow_pickle=False) as content:
         images, y, adversarial = content["x"], content["y"], content["adversarial"]
     assert images.dtype == dtype and images.shape == (50, 32, 32, 3)
@@ -198,55 +411,93 @@ def test_adversarial_images_are_saved_as_what_they_are(cli, run, tiny, tmp_path,
     assert y.tolist() == label.tolist()
     assert (x_adv - clean).abs().max() <= 8.5 / 255 + 1e-6
     assert ((predict(load_model(run), x_adv) != label) == torch.from_numpy(adversarial)).all()
-    robust = json.loads(result.read_text())["robust"]
     assert adversarial.sum() == 50 - robust / 2 if kind == "float32" else 40 < adversarial.sum() <= 50 - robust / 2
 
 
 NETWORK = """
 import torch
+from wrn import SHIFT
 def make_model():
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10 + SHIFT))
 def no_network():
     return 3
 def broken():
-    raise RuntimeError("no luck")
+    return open("/no/such/file")
+def tuples():
+    class Tuples(torch.nn.Linear):
+        def forward(self, x):
+            return (x.no_such_thing,)
+    return Tuples(1, 1)
 """
 
 
-def test_any_network(cli, tmp_path):
-    file, weights = tmp_path / "net.py", tmp_path / "w.pt"
-    file.write_text(NETWORK)
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
-    tail = f"--dataset {TINY} --n 30 --steps 3 --restarts 1 --json {tmp_path}/r.json"
-    arrays, classes = common.load_arrays(TINY, "data")
-    x, y = common.Data("", classes, arrays, "cpu").test(30)
-    for content in (network.state_dict(), {"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}):
-        torch.save(content, weights)
-        code, out, err = cli(eval_attacks, f"--model {file}:make_model --weights {weights} {tail}")
-        assert code == 0 and not err
-        result = json.loads((tmp_path / "r.json").read_text())
-        assert result["clean"] == pytest.approx(100 * (predict(network, x) == y).double().mean().item())
-        assert result["training"] is None
-    torch.save({"1.weight": torch.zeros(10, 5)}, weights)
-    for flags, message in (
-        (f"--model {file}:make_model --weights {weights} {tail}", "does not fit"),
-        (f"--model {file}:nothing {tail}", "KeyError: 'nothing'"),
-        (f"--model {file}:no_network {tail}", "returned int, not an nn.Module"),
-        (f"--model {file}:broken {tail}", "RuntimeError: no luck"),
-        (f"--model {tmp_path}/none.py:make_model {tail}", "FileNotFoundError"),
-        (f"--model make_model {tail}", "argument --model FILE:FUNCTION: make_model"),
-        (f"--model {file}:make_model", "needs --dataset"),
-        (f"runs/x --model {file}:make_model", "give either a run or --model"),
-        (f"runs/x --weights {weights}", "needs --model"),
-    ):
-        code, _, err = cli(eval_attacks, flags)
-        assert code == 2 and message in err and err.count("\n") == 1, flags
+@pytest.fixture
+def net(tmp_path):
+    """A file of a network that imports a wrn.py of its own, with 12 classes."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    (tmp_path / "wrn.py").write_text("SHIFT = 2")
+    return f"--model {tmp_path / 'net.py'}:make_model --dataset {TINY} --n 30 --steps 3 --restarts 1"
+
+
+WEIGHTS = {
+    "by themselves": lambda w: w,
+    "of DataParallel": lambda w: {f"module.{key}": value for key, value in w.items()},
+    "compiled": lambda w: {"model": {f"_orig_mod.{key}": value for key, value in w.items()}, "epoch": 3},
+    "both": lambda w: {"net": {f"_orig_mod.module.{key}": value for key, value in w.items()}},
+    "a checkpoint": lambda w: {"state_dict": w, "optimizer": {}},
+    "another": lambda w: {"model_state_dict": w, "best_acc": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_any_weights_file(cli, net, tiny, tmp_path, name):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 12))
+    torch.save(WEIGHTS[name](network.state_dict()), tmp_path / "w.pt")
+    ours = sys.modules["wrn"]
+    found, _, err = result(cli, f"{net} --weights {tmp_path / 'w.pt'}", tmp_path / "r.json")
+    assert not err and found["training"] is None and found["eps"] == 8 and sys.modules["wrn"] is ours
+    x, y = tiny.test(30)
+    assert found["clean"] == eval_attacks.percent(predict(network.eval(), x) == y)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"args": argparse.Namespace(lr=1)}, "holds argparse.Namespace, code that is not run: save the weights by"),
+        ({"acc": np.float64(3)}, "multiarray.scalar, code that is not run: save the weights by themselves"),
+        (nn.Linear(2, 2), "holds torch.nn.modules.linear.Linear, code that is not run: save the weights"),
+        ([1, 2], "holds list: save the weights by themselves"),
+        (b"hello", "is damaged: save the weights"),
+        ({"1.weight": torch.zeros(12, 5)}, 'does not fit the network: Error.s. in loading state_dict .* "1.bias"'),
+    ],
+)
+def test_weights_that_do_not_fit(cli, net, tmp_path, content, message):
+    if isinstance(content, bytes):
+        (tmp_path / "w.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "w.pt")
+    code, _, err = cli(eval_attacks, f"{net} --weights {tmp_path / 'w.pt'}")
+    assert code == 2 and re.search(message, err) and err.count("\n") == 1, err
+
+
+def test_errors_in_the_users_code_keep_their_traceback(cli, net):
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        cli(eval_attacks, net.replace("make_model", "tuples"))
+    code, _, _ = cli(eval_attacks, net.replace("make_model", "broken"))
+    assert "Traceback" in code and "/no/such/file" in code
+
+
+def test_an_npz_of_test_images_is_enough(cli, run, tmp_path):
+    with np.load(TINY) as tiny:
+        np.savez(tmp_path / "test.npz", test_x=tiny["test_x"][:20], test_y=tiny["test_y"][:20] % 3)
+    found = result(cli, f"{run} --dataset {tmp_path}/test.npz --steps 1 --restarts 1", tmp_path / "r.json")[0]
+    assert found["n"] == 20  # and more classes in the network than in the data are no error
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("nowhere", "no file nowhere"),
+        ("nowhere --dataset x", "no file nowhere"),
         ("{run} --attack cw", "'cw' is not one of apgd-ce, apgd-t, fab-t, square"),
         ("{run} --eps 300", "--eps"),
         ("{run} --eps nan", "--eps"),
@@ -254,10 +505,66 @@ def test_any_network(cli, tmp_path):
         ("{run} --device tpu", "no device 'tpu'"),
         ("{run} --dataset nothing.npz", "nothing.npz"),
         ("{run} --json no/such/folder.json", "no/such"),
+        ("{run} --json {run}", "it is a folder"),
+        ("{run} --save-adv {run}", "it is a folder"),
+        ("{run} --state no/such/state.pt", "no/such"),
         ("{run}/config.json", "config.json is damaged"),
         ("", "run"),
+        ("--model x.py:f --dataset x", "there is no file 'x.py'"),
+        ("--model make_model --dataset x", "there is no file ''"),
+        ("--model README.md", "give --dataset"),
+        ("runs/x --model x.py:f", "give either a run or --model"),
+        ("runs/x --weights w.pt", "--weights needs --model"),
+        ("{net}_none", "has no function 'make_model_none'"),
+        ("{net}no_network", "no_network() returned int, not an nn.Module"),
     ],
 )
-def test_errors_are_one_line(cli, run, flags, message):
+def test_errors_are_one_line(cli, run, net, flags, message):
+    head, tail = net.split(":make_model")
+    flags = flags.replace("{net}no_network", f"{head}:no_network{tail}").replace(
+        "{net}_none", f"{head}:make_model_none{tail}"
+    )
     code, _, err = cli(eval_attacks, flags.format(run=run))
-    assert code == 2 and err.count("\n") == 1 and message in err
+    assert code == 2 and err.count("\n") == 1 and message in err, err
+
+
+def test_running_out_of_memory_names_the_flag(cli, run, monkeypatch):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")):
+        monkeypatch.setattr(eval_attacks, "checked", lambda *_, error=error: (_ for _ in ()).throw(error))
+        code, _, err = cli(eval_attacks, f"{run} --n 4")
+        assert code == 1 and err.endswith("error: out of memory: give a smaller --batch-size\n")
+
+
+def test_a_closed_pipe_loses_no_json(run, tmp_path):
+    command = [
+        sys.executable,
+        "eval_attacks.py",
+        str(run),
+        "--n",
+        "10",
+        "--steps",
+        "1",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+    assert json.loads((tmp_path / "r.json").read_text())["n"] == 10
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_ctrl_c_is_one_line_or_nothing(run, tmp_path, state):
+    """During the imports, and during an attack."""
+    command = [sys.executable, "eval_attacks.py", str(run), "--n", "100", "--steps", "5000", "--batch-size", "100"]
+    command += ["--state", str(tmp_path / "s.pt")] * state
+    for wait in (0.3, None):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if wait is None:
+            process.stdout.readline()
+        time.sleep(wait or 1)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate()[1]
+        assert process.returncode in (-signal.SIGINT, 130) and err.count("\n") <= 1 and "Traceback" not in err
+        assert ("goes on from" in err) == state or not err
+    assert err

@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import eval_attacks
 from conftest import SCRIPTS
-from paper import figures
+from paper import bench, figures, sweep
 
-PAGES = [Path("README.md"), Path("data/README.md"), Path("results/RESULTS.md"), *sorted(Path("docs").glob("*.md"))]
+DOCS = [Path("README.md"), Path("data/README.md"), Path("results/RESULTS.md"), *sorted(Path("docs").glob("*.md"))]
+PAGES = [*DOCS, Path("results/DIARY.md")]
 every_page = pytest.mark.parametrize("page", PAGES, ids=str)
 
 
@@ -25,8 +27,7 @@ def headings(page):
 
 @every_page
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
-    for link in links:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if link.startswith("http"):
             assert re.match(r"https://(arxiv\.org/abs/\d{4}\.\d{4,5}|github\.com/[\w-]+/[\w.-]+)$", link), link
             continue
@@ -37,14 +38,12 @@ def test_links_lead_somewhere(page):
 
 
 def commands(page):
-    """Every python command in a page's code blocks: [program, flag, ...], without pipes and redirections."""
-    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
+    """Every python command of a page, in a block or in a line: [program, flag, ...], without pipes and redirections."""
+    for block in map("".join, re.findall(r"```sh\n(.*?)```|`(python [^`]*)`", page.read_text(), re.S)):
         for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
-            words = shlex.split(line, comments=True)
-            if "python" in words:
-                words = words[words.index("python") + 1 :]
-                cut = [i for i, word in enumerate(words) if word in ("|", ">", "2>")]
-                yield words[: cut[0]] if cut else words
+            _, found, rest = re.split("[#|>]", line)[0].partition("python ")
+            if found:
+                yield shlex.split(rest)
 
 
 @every_page
@@ -52,13 +51,10 @@ def test_commands_are_understood(cli, monkeypatch, page):
     for words in commands(page):
         if words[0] == "-m":
             module = importlib.import_module(words[1])
-            code, out, _ = cli(module, "--help")
-            if len(words) > 2 and re.match(r"[a-z]", words[2]):
-                assert words[2] in out, words
-                sub = cli(module, f"{words[2]} --help")
-                out += sub[1] if sub[0] == 0 else ""
-            flags = {word for word in words[2:] if word.startswith("--")}
-            assert code == 0 and flags <= set(re.findall(r"--[a-z-]+", out)), words
+            part = "".join(words[2:3]) if re.match("[a-z]", "".join(words[2:])) else ""
+            code, out, _ = cli(module, f"{part} --help")
+            flags = {word for word in words if word.startswith("--")}
+            assert code == 0 and part in out and flags <= set(re.findall(r"--[a-z-]+", out)), words
         elif words[0].startswith("tests/"):
             assert Path(words[0]).exists(), words
         else:
@@ -67,22 +63,59 @@ def test_commands_are_understood(cli, monkeypatch, page):
             module.parse_args()
 
 
-def mean_cell(name, eps):
-    """Clean / PGD-50-10 / AutoAttack of a method at its defaults, 8 epochs or fewer: mean over the seeds there are."""
-    results = map(figures.read_json, Path("results/cpu").glob(f"{name}_wrn10-2_epochs?_eps{eps}_seed*.json"))
+def test_flags_in_the_text_exist(cli):
+    helps = "".join(cli(module, "--help")[1] for module in (*SCRIPTS.values(), eval_attacks, sweep, bench))
+    for page in DOCS:
+        for code in re.findall(r"`(--[^`]*)`", page.read_text()):
+            assert set(re.findall(r"--[\w-]+", code)) <= set(re.findall(r"--[\w-]+", helps)), f"{page}: {code}"
+
+
+def cell(results):
+    """Clean / PGD-50-10 / AutoAttack, mean over results; '-' for an attack that none of them has."""
     columns = zip(*((result["clean"], *figures.robust_under(result)) for result in results))
     means = [figures.mean_std(column)[0] for column in columns]
     return " / ".join("-" if mean is None else f"{mean:.1f}" for mean in means) or "not run"
 
 
-def test_the_readmes_table_of_methods_is_what_was_measured():
-    rows = re.findall(r"^\| `train_(\w+)\.py` \| .* \| ([^|]+) \| ([^|]+) \|$", Path("README.md").read_text(), re.M)
+def mean_cell(name, eps):
+    """Of a method at its defaults, 8 epochs or fewer, over its seeds."""
+    return cell(map(figures.read_json, Path("results/cpu").glob(f"{name}_wrn10-2_epochs?_eps{eps}_seed?.json")))
+
+
+def test_tables_and_counts_are_what_was_measured():
+    readme = re.sub(r"[^\S\n]+", " ", Path("README.md").read_text())
+    steps = json.loads(Path("results/bench/steps_wrn16-2.json").read_text())["result"]["steps"]
+    rows = re.findall(r"^\| `train_(\w+)\.py` \| .* \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", readme, re.M)
     assert {name for name, *_ in rows} == SCRIPTS.keys()
-    bench = json.loads(Path("results/bench/steps_wrn16-2.json").read_text())["result"]["steps"]
-    for name, cost, cell in rows:
-        measured = bench[name]["measured"]
-        assert cost == f"{measured:.2f}" or cost == f"{measured:.2f} a replay"
-        assert cell == mean_cell(name, 16), name
+    for name, cost, *cells in rows:
+        assert cost.removesuffix(" a replay") == f"{steps[name]['measured']:.2f}"
+        assert cells == [mean_cell(name, 8), mean_cell(name, 16)], name
+        assert SCRIPTS[name].__doc__.endswith(f"%): eps 8: {cells[0]}; eps 16: {cells[1]}.\n"), f"train_{name}.py"
+        assert Path(f"results/cpu/{name}_wrn10-2_epochs{2 if name in ('free', 'yopo') else 8}_eps8_seed0.json").exists()
+    for s in steps.values():
+        row = f"{s['counted']:.2f} | {s['measured']:.2f} | {100 * s['spread']:.0f} % | {s['ms']:.0f} | "
+        row += f"{s['images_per_second']:.0f} | {s['peak_bytes'] / 1e6:.0f} |"
+        assert row.replace("| 0 %", "| ") in Path("docs/performance.md").read_text()
+    slat = [path for path in Path("results/cpu/runs").glob("slat*/config.json") if '"dropout": 0.3' in path.read_text()]
+    files = [path for name in ("slat", "fgsm") for path in Path("results/cpu").glob(f"{name}_wrn10-2_epochs8_*.json")]
+    minutes = [figures.read_json(path)["training"]["seconds"] / 60 for path in files]
+    assert f"none of {len(slat)} runs" in readme and f"{min(minutes):.0f} to {max(minutes):.0f} minutes" in readme
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md", "results/RESULTS.md"])
+def test_accuracies_in_the_text_are_what_was_measured(page):
+    """Each `a / b` and `a / b / c` is a result, a mean over seeds, clean / PGD-10 after an epoch, or the paper's."""
+    results = {path.stem: figures.read_json(path) for path in Path("results/cpu").glob("*.json")}
+    setups = {name[:-1] for name in results}  # without the seed
+    known = {cell(r for name, r in results.items() if key in (name, name[:-1])) for key in setups.union(results)}
+    known |= {" / ".join(f"{value:.1f}" for value in values if value is not None) for values in figures.PAPER.values()}
+    known |= {text.rpartition(" / ")[0] for text in known}
+    for path in Path("results/cpu/runs").glob("*/metrics.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            known.add(f"{line['test_clean']:.1f} / {line['test_pgd10']:.1f}")
+    triple = r"(?<![\d.])\d+\.\d(?: / (?:\d+\.\d|-)(?!\d))+"
+    found = set(re.findall(triple, re.sub(r"\s+", " ", Path(page).read_text())))
+    assert len(found) > 10 and found <= known, found - known
 
 
 def test_the_readmes_lines_are_slat(trained):
@@ -90,19 +123,8 @@ def test_the_readmes_lines_are_slat(trained):
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.S) if "delta[name]" in c]
     model, x, y = trained
     layers, eps = ["0", "conv1", "conv2"], 8 / 255
-    names = {"torch": torch, "F": F, "model": model, "x": x.clone(), "y": y, "layers": layers}
-    names |= {"eps": eps, "eta": eps, "input_step": 0.9 * eps}
+    names = dict(torch=torch, F=F, model=model, x=x.clone(), y=y, layers=layers, eps=eps, eta=eps, input_step=0.9 * eps)
     exec(code, names)
     x_adv, delta = SCRIPTS["slat"].slat(model, x, y, eps, layers, eps, 0.9 * eps)
     assert torch.equal(names["x_adv"], x_adv) and all(torch.equal(names["delta"][name], delta[name]) for name in delta)
     assert names["loss"] == F.cross_entropy(model(x_adv, delta=delta), y)
-
-
-def test_the_readme_is_short():
-    assert len(Path("README.md").read_text().splitlines()) <= 130
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_scripts_docstring_ends_with_what_was_measured(name):
-    (found,) = re.findall(r"^Result, WRN-10-2, .*: eps 8: (.*); eps 16: (.*)\.$", SCRIPTS[name].__doc__, re.M)
-    assert found == (mean_cell(name, 8), mean_cell(name, 16))

@@ -423,11 +423,7 @@ def parse_args():
     add("--model", metavar="FILE:FUNCTION", help="instead of a run: my_net.py:make_model, which returns a network")
     add("--weights", metavar="FILE", help="for --model: a state_dict, or a checkpoint that holds one")
     add("--attack", default="pgd", help=f"separated by commas, each on all images that the network gets right: {names}")
-    add(
-        "--eps",
-        type=number(float, 0, 255),
-        help="l-infinity radius, in 1/255 (default: what the run was trained with, or 8)",
-    )
+    add("--eps", type=number(float, 0, 255), help="l-infinity radius, in 1/255 (default: the run's own, or 8)")
     add("--steps", type=number(int, 1), default=50, help="of PGD")
     add("--restarts", type=number(int, 1), default=10, help="of PGD")
     add("--step-size", type=number(float, 0), default=0.25, help="of PGD, in multiples of eps")
@@ -441,7 +437,6 @@ def parse_args():
     add("--state", metavar="FILE", help="save every finished attack to this file, and continue from it if it exists")
     add("--json", metavar="FILE", help="write the numbers to this file")
     add("--save-adv", metavar="FILE", help="write all adversarial images to this file, an .npz")
-    add("--save-adv-as", choices=("float32", "uint8"), default="float32", help="uint8: rounded, and judged again")
     args = parser.parse_args()
     if (args.run is None) == (args.model is None):
         parser.error("give either a run or --model FILE:FUNCTION")
@@ -466,8 +461,6 @@ def parse_args():
 
 def training_of(run):
     """What a run folder, or that of a file in it, says of the training: config, seconds, last epoch; {} if nothing."""
-    import common
-
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     path, metrics = folder / "config.json", folder / "metrics.jsonl"
     if not path.exists():
@@ -477,32 +470,36 @@ def training_of(run):
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return training | {"seconds": sum(row["seconds"] for row in rows), "last_epoch": rows[-1] if rows else None}
     except (ValueError, TypeError, KeyError):
-        common.fail(f"{path} is damaged")
+        raise ContractError(f"{path} is damaged") from None
 
 
 def load_test_data(args, num_classes):
     """The test images of the data set that args.dataset and args.data_dir name, on args.device."""
-    import common
+    from common import Data, load_arrays
 
-    arrays, classes = common.load_arrays(args.dataset, args.data_dir, ("test",))
+    arrays, classes = load_arrays(args.dataset, args.data_dir, ("test",))
     if arrays["test_y"].max() >= num_classes:
-        common.fail(f"{args.dataset} has {len(classes)} classes and the network {num_classes}")
-    return common.Data(args.dataset, classes, arrays, args.device)
+        raise ContractError(f"{args.dataset} has {len(classes)} classes and the network {num_classes}")
+    return Data(args.dataset, classes, arrays, args.device)
+
+
+def readable(load, *args):
+    """load(*args), whose ValueErrors are about a file and so the caller's to mend."""
+    try:
+        return load(*args)
+    except ValueError as error:
+        raise ContractError(str(error)) from None
 
 
 def load_network(args):
     """The network that the flags name, in eval mode on its device."""
-    import common
     from wrn import load_model
 
     if args.run:
-        try:
-            return load_model(args.run, args.device)
-        except ValueError as error:
-            common.fail(error)
+        return readable(load_model, args.run, args.device)
     file, _, function = args.model.rpartition(":")
     if not Path(file).is_file():
-        common.fail(f"argument --model FILE:FUNCTION: there is no file {file!r}")
+        raise ContractError(f"argument --model FILE:FUNCTION: there is no file {file!r}")
     # What the file imports is looked for next to it first: its common.py, not ours, which is put back afterwards.
     here = Path(__file__).absolute().parent
     ours = {name: m for name, m in sys.modules.items() if Path(getattr(m, "__file__", None) or "/").parent == here}
@@ -510,14 +507,15 @@ def load_network(args):
         del sys.modules[name]
     sys.path.insert(0, str(Path(file).absolute().parent))
     try:
-        make_model = runpy.run_path(file).get(function)
-        model = make_model() if make_model else common.fail(f"{file} has no function {function!r}")
-    except OSError:  # one line would hide where in the user's code it happened
+        names = runpy.run_path(file)
+        model = names[function]() if function in names else None
+    except (OSError, ValueError):  # of the user's code, where one line would not do
         sys.exit(traceback.format_exc())
     finally:
         sys.modules.update(ours)
     if not isinstance(model, torch.nn.Module):
-        common.fail(f"argument --model: {function}() returned {kind(model)}, not an nn.Module")
+        what = f"returned {kind(model)}, not an nn.Module" if function in names else f"is not in {file}"
+        raise ContractError(f"argument --model: {function}() {what}")
     if args.weights:
         load_weights(model, args.weights)
     return model.float().to(args.device).eval()
@@ -525,31 +523,29 @@ def load_network(args):
 
 def load_weights(model, path):
     """A state_dict, by itself or in a checkpoint; DataParallel and torch.compile may have put more before its names."""
-    import common
-
     remedy = "save the weights by themselves, torch.save(model.state_dict(), FILE)"
     if not Path(path).is_file():
-        common.fail(f"argument --weights: there is no file {path}")
+        raise ContractError(f"argument --weights: there is no file {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each raise their own for a damaged file
-        what = re.search(r"GLOBAL (\S+)", str(error))
-        common.fail(f"{path} {f'holds {what[1]}, code that is not run' if what else 'is damaged'}: {remedy}")
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {code[1]}, code that is not run" if code else "is damaged"
+        raise ContractError(f"{path} {what}: {remedy}") from None
     for key in ("state_dict", "model_state_dict", "model", "net"):
         content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
     if not isinstance(content, dict):
-        common.fail(f"{path} holds {kind(content)}: {remedy}")
+        raise ContractError(f"{path} holds {kind(content)}: {remedy}")
     if content.keys() != model.state_dict().keys():
         content = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value for name, value in content.items()}
     try:
         model.load_state_dict(content)
     except (RuntimeError, TypeError) as error:  # weights that are missing, too many or of other shapes
-        common.fail(f"{path} does not fit the network: {' '.join(str(error).split())[:300]}")
+        raise ContractError(f"{path} does not fit the network: {' '.join(str(error).split())[:300]}") from None
 
 
 def load_state(args, model, x, y):
     """What finished attacks left in the --state file, or the state of an evaluation that begins."""
-    import common
     from wrn import load_file
 
     digest = hashlib.sha256()
@@ -560,29 +556,16 @@ def load_state(args, model, x, y):
         state[f"--{flag.replace('_', '-')}"] = getattr(args, flag)
     if not args.state or not Path(args.state).exists():
         return state
-    try:
-        found = load_file(args.state)
-    except ValueError as error:
-        common.fail(error)
+    found, result = readable(load_file, args.state), {"masks", "seconds", "x_adv"}
     if found.keys() != state.keys():
-        common.fail(f"{args.state} is not the state of an evaluation: delete it, or name another file")
-    for key in state.keys() - {"masks", "seconds", "x_adv"}:
+        raise ContractError(f"{args.state} is not the state of an evaluation: delete it, or name another file")
+    for key in state.keys() - result:
         if found[key] != state[key]:
             change = f"was {found[key]} there and is {state[key]} now" if key[0] == "-" else "were different"
-            common.fail(f"{args.state} belongs to another evaluation ({key} {change}): delete it, or name another file")
+            reason = f"{args.state} belongs to another evaluation ({key} {change})"
+            raise ContractError(f"{reason}: delete it, or name another file")
     found["masks"] = {label: mask.to(x.device) for label, mask in found["masks"].items()}
     return found | {"x_adv": found["x_adv"].to(x.device)}
-
-
-def check_survivors(parts):
-    """Does Square break what gradients could not? parts: {attack: (N,) bool, unbroken after it}, of AutoAttack."""
-    more, n = int((parts["fab-t"] & ~parts["square"]).sum()), len(parts["square"])
-    if more <= 0.002 * n:  # AutoAttack's threshold: one image in a thousand is chance
-        return []
-    return [
-        f"Square, which uses no gradients, broke {more} of {n} images that the other attacks could not: "
-        "the gradients may be masked, and the robust accuracy too high"
-    ]
 
 
 @contextlib.contextmanager
@@ -593,39 +576,6 @@ def open_pipe():
         sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
-
-
-def progress(label):
-    """A `report` for the attack of that name: how many images are unbroken, and a bound on the time left."""
-    from common import StatusLine, clock
-
-    line, begin = StatusLine(), time.perf_counter()
-
-    def report(share, robust):
-        with open_pipe():
-            if share == 1:
-                line.clear()
-            elif line.due():
-                left = clock((time.perf_counter() - begin) * (1 - share) / share)
-                line.show(f"{label}: {int(robust.sum()):,} of {len(robust):,} unbroken, at most {left} left")
-
-    return report
-
-
-def main():
-    import common
-
-    args = parse_args()
-    try:
-        evaluate(args)
-    except ContractError as error:
-        common.fail(error)
-    except KeyboardInterrupt:
-        common.fail("interrupted" + f": the same command goes on from {args.state}" * bool(args.state), 130)
-    except RuntimeError as error:  # CUDA's, MPS's and the CPU's have only the word in common
-        if "memory" not in str(error):
-            raise
-        common.fail("out of memory: give a smaller --batch-size", 1)
 
 
 def evaluate(args):
@@ -642,74 +592,93 @@ def evaluate(args):
     with open_pipe():
         print(f"network  {args.run or args.model}, {args.device}, search in {args.search_precision}, verdicts in fp32")
         print(f"images   first {len(y):,} test images of {data.name}, eps {args.eps:g}/255")
-
-    def attack(label, name, before=(), **own):
-        """The mask of the images that an attack leaves unbroken, from the state if it is there."""
-        if label not in masks:
-            start, report = time.perf_counter(), progress(label)
-            robust, found = ATTACKS[name](model, x, y, eps, before=before, report=report, **own, **options)
-            report(1, robust)
-            new = torch.stack([~robust, *masks.values()]).all(0)
-            x_adv[new], masks[label], seconds[label] = found[new], robust, time.perf_counter() - start
-            if args.state:
-                common.write_torch(args.state, state)
-        return masks[label]
-
-    shown, parts = ["clean"], {}
     start = time.perf_counter()
     warnings = check_network(model, x, y, eps, args.batch_size)
     masks["clean"] = predict(model, x, args.batch_size) == y
     seconds["clean"] = time.perf_counter() - start
+
+    def attack(label, name, before=()):
+        """Run an attack, unless the state has its result: (unbroken images, adversarial images), as `before` is."""
+        line, start = common.StatusLine(), time.perf_counter()
+
+        def report(share, robust):
+            with open_pipe():
+                if line.due():
+                    left = common.clock((time.perf_counter() - start) * (1 - share) / share)
+                    line.show(f"{label}: {int(robust.sum()):,} of {len(robust):,} unbroken, at most {left} left")
+
+        if label not in masks:
+            own = options | (of_pgd if name == "pgd" else {})
+            robust, found = ATTACKS[name](model, x, y, eps, before=before, report=report, **own)
+            new = torch.stack([~robust, *masks.values()]).all(0)
+            x_adv[new], masks[label], seconds[label] = found[new], robust, time.perf_counter() - start
+            if args.state:
+                common.write_torch(args.state, state)
+            with open_pipe():
+                line.clear()
+        return masks[label], x_adv
+
+    labels, parts = [], {}
     for name in dict.fromkeys(args.attack.split(",")):
-        if name == "autoattack":
-            before = ()
-            for part in AUTOATTACK:
-                parts[part] = attack(f"autoattack {part}", part, before)
-                before = parts[part], x_adv
-                shown.append(f"autoattack {part}")
-            masks[name], seconds[name] = parts[part], sum(seconds[f"autoattack {part}"] for part in parts)
-            warnings += check_survivors(parts)
-            shown.append(name)
-        else:
-            shown.append(f"pgd-{args.steps}-{args.restarts}" if name == "pgd" else name)
-            attack(shown[-1], name, **(of_pgd if name == "pgd" else {}))
-    robust = torch.stack([masks[label] for label in shown]).all(0)
+        labels.append(f"pgd-{args.steps}-{args.restarts}" if name == "pgd" else name)
+        if name != "autoattack":
+            attack(labels[-1], name)
+            continue
+        found = ()
+        for part in AUTOATTACK:
+            found = attack(f"autoattack {part}", part, found)
+            parts[part] = found[0]
+        masks[name], seconds[name] = found[0], sum(seconds[f"autoattack {part}"] for part in parts)
+        more = int((parts["fab-t"] & ~parts["square"]).sum())
+        if more > 0.002 * len(y):  # AutoAttack's threshold: one image in a thousand is chance
+            warnings.append(
+                f"Square, which uses no gradients, broke {more} of {len(y)} images that the other attacks could not: "
+                "the gradients may be masked, and the robust accuracy too high"
+            )
+    robust = torch.stack([masks[label] for label in ["clean", *labels]]).all(0)
+    result = {"clean": percent(masks["clean"]), "robust": percent(robust)}
+    result["attacks"] = {label: percent(masks[label]) for label in labels}
+    result["autoattack_parts"] = {part: percent(mask) for part, mask in parts.items()}
     if args.json:
-        alone = [label for label in shown[1:] if not label.startswith("autoattack ")]
-        result = {"clean": percent(masks["clean"]), "robust": percent(robust)}
-        result["attacks"] = {label: percent(masks[label]) for label in alone}
-        result["autoattack_parts"] = {part: percent(mask) for part, mask in parts.items()}
-        result |= {"n": len(y), "eps": args.eps, "seconds": sum(seconds[label] for label in ["clean", *alone])}
-        result |= {"seconds_per_attack": {label: seconds[label] for label in shown[1:]}, "warnings": warnings}
+        result |= {"n": len(y), "eps": args.eps, "seconds": sum(seconds[label] for label in ["clean", *labels])}
+        result |= {"seconds_per_attack": {label: seconds[label] for label in labels}, "warnings": warnings}
         result |= {"search_precision": args.search_precision, "dataset": data.name, "seed": args.seed}
         result |= {**common.versions(args.device), "training": training_of(args.run) if args.run else None}
         common.write_text(args.json, json.dumps(result, indent=1) + "\n")
     if args.save_adv:
-        save_adversarial(args, model, x, x_adv, y, eps)
+        import numpy as np
+
+        verdict = is_adversarial(model, x, x_adv, y, eps, args.batch_size)
+        arrays, file = {"x": x_adv.permute(0, 2, 3, 1), "y": y, "adversarial": verdict}, io.BytesIO()
+        np.savez_compressed(file, **{key: value.cpu().numpy() for key, value in arrays.items()}, eps=args.eps)
+        common.write_file(args.save_adv, file.getbuffer())
     with open_pipe():
-        print(f"\n{'attack':<22}{'accuracy %':>10}{'seconds':>10}")
-        for label in shown:
-            print(f"{label:<22}{percent(masks[label]):>10.2f}{seconds[label]:>10.1f}")
-        if len(args.attack.split(",")) > 1:
-            print(f"{'all of them together':<22}{percent(robust):>10.2f}")
+        print(f"\n{'attack':<16}{'accuracy %':>10}{'seconds':>10}")
+        for label in ["clean", *labels]:
+            print(f"{label:<16}{percent(masks[label]):>10.2f}{seconds[label]:>10.1f}")
+        if parts:
+            print("autoattack after " + ", ".join(f"{part} {percent(mask):.2f}" for part, mask in parts.items()))
+        if len(labels) > 1:
+            print(f"{'all together':<16}{percent(robust):>10.2f}")
         for warning in warnings:
             print(f"warning: {warning}")
 
 
-def save_adversarial(args, model, x, x_adv, y, eps):
-    """An .npz: x (N, H, W, C), uint8 or float32 in [0, 1]; y; adversarial (N,): is x, as saved, misclassified?"""
-    import numpy as np
-
+def main():
     import common
 
-    if args.save_adv_as == "uint8":
-        pixels, radius = (x * 255).round(), math.floor(args.eps)
-        x_adv = (x_adv * 255).round().clamp(pixels - radius, pixels + radius).clamp(0, 255) / 255
-    verdict = is_adversarial(model, x, x_adv, y, eps, args.batch_size)
-    images = x_adv if args.save_adv_as == "float32" else (x_adv * 255).round().to(torch.uint8)
-    arrays, file = {"x": images.permute(0, 2, 3, 1), "y": y, "adversarial": verdict}, io.BytesIO()
-    np.savez_compressed(file, **{key: value.cpu().numpy() for key, value in arrays.items()}, eps=args.eps)
-    common.write_file(args.save_adv, file.getbuffer())
+    args = SimpleNamespace(state=None)
+    try:
+        args = parse_args()
+        evaluate(args)
+    except ContractError as error:
+        common.fail(error)
+    except KeyboardInterrupt:
+        common.fail("interrupted" + f": the same command goes on from {args.state}" * bool(args.state), 130)
+    except RuntimeError as error:
+        if not re.search("out of memory|not enough memory|allocate memory", str(error)):
+            raise
+        common.fail("out of memory: give a smaller --batch-size", 1)
 
 
 if __name__ == "__main__":

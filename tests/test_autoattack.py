@@ -226,9 +226,6 @@ def test_rounding_fools_gradients_but_neither_square_nor_the_checks(trained):
     survivors["square"] = eval_attacks.square(rounded, x, y, EPS, queries=200)[0]
     assert survivors["square"].sum() < survivors["pgd"].sum() - 3
     assert any("cross_entropy is exactly zero" in line for line in check_network(rounded, x, y, EPS))
-    (line,) = eval_attacks.check_survivors(survivors)
-    more = int((survivors["fab-t"] & ~survivors["square"]).sum())
-    assert f"broke {more} of 40 images that the other attacks could not" in line
     assert (predict(rounded, x) == y).sum() > survivors["square"].sum()
 
 
@@ -251,10 +248,6 @@ def test_the_checks_of_a_network(trained):
     assert "probabilities" in check_network(nn.Sequential(model, nn.Softmax(1)).eval(), x, y, EPS)[0]
     (few,) = check_network(Linear(4).eval(), images(9), predict(Linear(4), images(9)), EPS)
     assert few == "4 classes: the targeted attacks take 3 targets, not 9"
-    thousand = torch.arange(1000)
-    for broken, sentences in ((0, 0), (2, 0), (3, 1)):
-        found = eval_attacks.check_survivors({"fab-t": thousand >= 0, "square": thousand >= broken})
-        assert len(found) == sentences and all(f"broke {broken} of 1000 images" in line for line in found)
 
 
 @pytest.mark.parametrize(("precision", "lengths"), [("fp32", [9]), ("bf16", [9, 1])])

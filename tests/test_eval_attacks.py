@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -356,6 +357,24 @@ def test_command_line(cli, run, tmp_path, short):
         assert cli(eval_attacks, f"{run / name} --steps 1 --restarts 1 --n 5")[0] == 0
 
 
+@pytest.mark.parametrize("more", [2, 3])
+def test_square_breaking_more_than_chance_is_said(cli, run, tmp_path, monkeypatch, more):
+    """AutoAttack's threshold: more than one image in 500."""
+    calls = []
+
+    def fake(model, x, y, eps, **_):
+        calls.append(1)
+        return torch.arange(len(y)) >= more * (len(calls) == 4), x
+
+    for name in eval_attacks.AUTOATTACK:
+        monkeypatch.setitem(eval_attacks.ATTACKS, name, fake)
+    x, y = torch.zeros(1000, 3, 8, 8), torch.zeros(1000, dtype=torch.long)
+    monkeypatch.setattr(eval_attacks, "load_test_data", lambda *_: SimpleNamespace(name="", test=lambda _: (x, y)))
+    found, out, _ = result(cli, f"{run} --attack autoattack", tmp_path / "r.json")
+    assert any("Square, which uses no gradients, broke 3 of 1000" in line for line in found["warnings"]) == (more == 3)
+    assert ("warning: Square" in out) == (more == 3)
+
+
 def test_step_size_is_in_multiples_of_eps_and_a_small_eps_is_noticed(cli, run, tmp_path):
     once = f"{run} --n 40 --attack pgd --steps 1 --restarts 1"
     found, _, err = result(cli, f"{once} --eps 0.9 --step-size 2", tmp_path / "r.json")
@@ -398,20 +417,14 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(cli, run, tmp
         assert code == 2 and str(damaged) in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("float32", np.float32), ("uint8", np.uint8)])
-def test_adversarial_images_are_saved_as_what_they_are(cli, run, tiny, tmp_path, kind, dtype):
-    file = tmp_path / "adv.npz"
-    flags = f"--attack pgd --steps 5 --restarts 1 --eps 8.5 --n 50 --save-adv {file} --save-adv-as {kind}"
-    robust = result(cli, f"{run} {flags}", tmp_path / "r.json")[0]["robust"]
-    with np.load(file, allow_pickle=False) as content:
-        images, y, adversarial = content["x"], content["y"], content["adversarial"]
-    assert images.dtype == dtype and images.shape == (50, 32, 32, 3)
-    clean, label = tiny.test(50)
-    x_adv = torch.from_numpy(images).permute(0, 3, 1, 2).float() / (255 if kind == "uint8" else 1)
-    assert y.tolist() == label.tolist()
-    assert (x_adv - clean).abs().max() <= 8.5 / 255 + 1e-6
-    assert ((predict(load_model(run), x_adv) != label) == torch.from_numpy(adversarial)).all()
-    assert adversarial.sum() == 50 - robust / 2 if kind == "float32" else 40 < adversarial.sum() <= 50 - robust / 2
+def test_adversarial_images_are_saved_as_what_they_are(cli, run, tiny, tmp_path):
+    flags = f"{run} --attack pgd,fgsm --steps 5 --restarts 1 --eps 8.5 --n 50 --save-adv {tmp_path / 'adv.npz'}"
+    robust = result(cli, flags, tmp_path / "r.json")[0]["robust"]
+    with np.load(tmp_path / "adv.npz", allow_pickle=False) as content:
+        x_adv, y, adversarial = (torch.from_numpy(content[key]) for key in ("x", "y", "adversarial"))
+    x_adv, (x, label) = x_adv.permute(0, 3, 1, 2), tiny.test(50)
+    assert x_adv.dtype == torch.float32 and torch.equal(y, label) and adversarial.sum() == 50 - robust / 2
+    assert torch.equal(is_adversarial(load_model(run), x, x_adv, y, 8.5 / 255), adversarial)
 
 
 NETWORK = """
@@ -515,7 +528,7 @@ def test_an_npz_of_test_images_is_enough(cli, run, tmp_path):
         ("--model README.md", "give --dataset"),
         ("runs/x --model x.py:f", "give either a run or --model"),
         ("runs/x --weights w.pt", "--weights needs --model"),
-        ("{net}_none", "has no function 'make_model_none'"),
+        ("{net}_none", "make_model_none() is not in"),
         ("{net}no_network", "no_network() returned int, not an nn.Module"),
     ],
 )

@@ -440,6 +440,8 @@ def parse_args():
     args = parser.parse_args()
     if (args.run is None) == (args.model is None):
         parser.error("give either a run or --model FILE:FUNCTION")
+    if args.model and ":" not in args.model:
+        parser.error(f"argument --model: {args.model!r} is not FILE:FUNCTION, such as my_net.py:make_model")
     if args.weights and not args.model:
         parser.error("--weights needs --model")
     for name in args.attack.split(","):

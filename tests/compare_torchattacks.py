@@ -15,8 +15,7 @@ import torch
 import torchattacks
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import common
-from eval_attacks import ATTACKS, AUTOATTACK, is_adversarial, predict
+from eval_attacks import ATTACKS, AUTOATTACK, is_adversarial, load_test_data, predict
 from wrn import load_model
 
 
@@ -40,7 +39,7 @@ def main():
     parser.add_argument("--who", default="bf16,fp32,theirs,theirs-channels-last")
     args = parser.parse_args()
     args.device = "cpu"
-    x, y = common.load_test_data(args, 10).test(args.n)
+    x, y = load_test_data(args, 10).test(args.n)
     x, eps, left, total = x.contiguous(), args.eps / 255, {}, {}
     for who in args.who.split(","):
         model = load_model(args.run)

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import common
-from paper.figures import read_json
+from paper.results import read_json
 
 METHODS = sorted(path.stem.removeprefix("train_") for path in Path().glob("train_*.py"))
 # The method and flags of each row, without the flags that all rows share. Defaults are left out, so that tables share

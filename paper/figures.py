@@ -40,7 +40,9 @@ from paper.results import (
 )
 from wrn import LAYERS, load_model
 
-ACCURACIES = {"clean": (":", None), "PGD-50-10": ("-", None), "AutoAttack": ("", "white")}  # lines and markers' faces
+# Line, and marker's face (None: the method's colour).
+ACCURACIES = {"clean": (":", None), "PGD-50-10": ("-", None), "AutoAttack": ("none", "white")}
+RING = {"marker": "o", "markersize": 14, "fillstyle": "none", "linestyle": "none", "zorder": 3}
 PEAK = 0.4  # share of the epochs after which the learning rate is highest
 
 
@@ -136,13 +138,13 @@ def landscape(args):
     surfaces = {label: torch.tensor(surface).T for label, surface in numbers["loss"].items()}
     size = (3.2 * len(surfaces) + 1, 3.6)
     figure, axes = plt.subplots(1, len(surfaces), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    levels = torch.linspace(0, torch.stack(list(surfaces.values())).max(), 21).tolist()
+    levels = plt.MaxNLocator(20).tick_values(0, torch.stack(list(surfaces.values())).max().item())
     for axis, (label, surface) in zip(axes[0], surfaces.items()):
         shades = axis.contourf(side, side, surface, levels, cmap="viridis")
         axis.contour(side, side, surface, levels, colors="white", linewidths=0.4)
         axis.set(title=textwrap.fill(label, 24), xlabel="along sign of the gradient (1/255)", aspect="equal")
     axes[0][0].set_ylabel("along random signs (1/255)")
-    figure.colorbar(shades, ax=axes[0].tolist(), label="mean loss", format="%.1f")
+    figure.colorbar(shades, ax=axes[0].tolist(), label="mean loss")
     write(args.out, figure, numbers)
 
 
@@ -164,7 +166,10 @@ def grad_norm(args):
         for axis, key in zip(axes, ("l1", "l1_times_mean_abs_h")):
             axis.plot(LAYERS, numbers[key][label].values(), **style, label=label)
     for axis, title in zip(axes, ("l1 norm of the loss gradient at h", "that times the mean of |h|: free of scale")):
-        axis.set(xlabel="layer (0 is the input)", title=title, yscale="log")
+        axis.set(xlabel="layer (0 is the input)", title=title)
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[1].set_ylim(0)
     legend_below(figure, axes[0])
     write(args.out, figure, {"n": args.n} | numbers)
 
@@ -207,7 +212,8 @@ def linearity(args):
 def over_epochs(args):
     """What was measured after every epoch (Fig. 6).
 
-    curves: PGD-10 and FGSM accuracy on test images; where they part, the network overfits catastrophically.
+    curves: PGD-10 and FGSM accuracy on test images; where they part, the network overfits catastrophically. A ring is
+    around the epoch whose weights such a run keeps in best.pt: what it has if it is stopped in time.
     alignment: mean cosine of the gradients at x and at a random point within eps, on test images.
     """
     keys, ylabel = {
@@ -217,7 +223,7 @@ def over_epochs(args):
     plt = pyplot()
     configs = [read_json(Path(run) / "config.json", CONFIG) for run in args.runs]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    numbers = {}
+    numbers, rings = {}, False
     for run, config, (label, style) in zip(args.runs, configs, legends(args.runs, configs)):
         rows = read_json(Path(run) / "metrics.jsonl", dict.fromkeys(["epoch", "train_pgd10", *keys], NUMBER))
         if not rows:
@@ -229,12 +235,15 @@ def over_epochs(args):
         numbers[label] |= {key: [row[key] for row in rows] for key in keys}
         for key, line in zip(keys, ("-", ":")):
             axis.plot(share, numbers[label][key], line, **style, label=label if line == "-" else None)
-        warned = [i for i, row in enumerate(rows) if row.get("warning")]
-        if warned:  # and a ring around what it has if it is stopped in time
-            for i, text in ((warned[0], "overfits"), (best, "best epoch")):
+        for row, where in zip(rows, share):
+            if row.get("warning"):
                 place = {"xytext": (5, 5), "textcoords": "offset points", "color": style["color"], "fontsize": 9}
-                axis.annotate(text, (share[i], rows[i][keys[0]]), **place)
-            axis.plot(share[best], rows[best][keys[0]], "o", markersize=13, fillstyle="none", color=style["color"])
+                axis.annotate("overfits", (where, row[keys[0]]), **place)
+                axis.plot(share[best], rows[best][keys[0]], **RING, color=style["color"])
+                rings = True
+                break
+    if rings:
+        axis.plot([], [], **RING, color="0.4", label="best epoch")
     axis.axvline(PEAK, color="0.6", linewidth=1, zorder=0)
     axis.set(xlabel="share of the training done", ylabel=ylabel, xlim=(0, 1.02), ylim=(0, None))
     axis.text(PEAK, axis.get_ylim()[1], " highest learning rate", color="0.4", va="top", fontsize=9)
@@ -246,11 +255,13 @@ def series(result, flag):
     """(label, colour, marker) of a result in a figure over a flag; None if other flags are not at their defaults."""
     config, own = result["training"], set(result["flags"]) - {flag}
     label, colour, marker = look(config["method"])
-    if own == {"best epoch"}:
+    if flag in config and own == {"best epoch"}:
         return f"{label}, best epoch", colour, "X"
     if flag == "eta" and own == {"input_step"} and config["input_step"] == config["eta"]:
         return f"{label}, input step = eta", "#56b4e9", "D"
-    return None if own or flag not in config else (label, colour, marker)
+    if own or flag not in config:
+        return None
+    return f"{label}, input step {config['input_step']:g}" if flag == "eta" else label, colour, marker
 
 
 def over_flag(args):
@@ -286,12 +297,12 @@ def over_flag(args):
             points = [(value, accuracy) for value, seeds in zip(values, found) for accuracy in seeds]
             axis.plot(*zip(*points or [(math.nan, math.nan)]), marker, color=colour, mfc=face or colour, clip_on=False)
             means = [mean_std(seeds)[0] if seeds else math.nan for seeds in found]
-            axis.plot(values, means, line, color=colour)  # breaks where nothing was measured
+            axis.plot(values, means, linestyle=line, color=colour)  # breaks where nothing was measured
     ticks = sorted({value for by_value in groups.values() for value in by_value})
     axis.set(xlabel=xlabels.get(flag, flag), ylabel="accuracy (%)", xticks=ticks)
     axis.set_ylim(0)
     for name, (line, face) in ACCURACIES.items():
-        axis.plot([], [], line, marker="o", color="#555555", markerfacecolor=face, label=name)
+        axis.plot([], [], linestyle=line, marker="o", color="#555555", markerfacecolor=face, label=name)
     figure.legend(loc="outside right center")
     write(args.out, figure, numbers)
 

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import common
+from bookkeeping import Run
 from paper.sweep import METHODS, load
 
 CONTESTANTS = ("standard", *METHODS)
@@ -51,65 +52,53 @@ class Stop(BaseException):
     """Ends a script; not an Exception, so that no script catches it."""
 
 
-class Turn:
-    """What a script gets for its Run: log() notes time and operations of a step, and ends the script after the last."""
+def play(name, args, steps, flops=None, compiled=False):
+    """Run a script's main() for some steps after the warm-up: (seconds, counted operations) of a step; the network."""
+    notes = []
 
-    epoch, step, total_steps = 0, 0, 10**9
+    class Turn(Run):
+        """A run without a folder, which ends after the last step."""
 
-    def __init__(self, steps, device, flops=None):
-        self.last, self.device, self.flops = WARM_UP + steps, device, flops
-        self.notes, self.extra = [], {}
+        def _open_folder(self):
+            pass
 
-    def begin(self, args, model, *_):
-        self.model = model
-        return self
+        def log(self, loss, logits, y):
+            super().log(loss, logits, y)
+            if args.device.startswith("cuda"):
+                torch.cuda.synchronize(args.device)
+            notes.append((time.perf_counter(), flops.total if flops else 0))
+            if len(notes) == WARM_UP + steps:
+                raise Stop(self.model)
 
-    def log(self, *_):
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-        self.step += 1
-        self.notes.append((time.perf_counter(), self.flops.total if self.flops else 0))
-        if self.step == self.last:
-            raise Stop
+        def end_epoch(self):
+            self._begin_epoch()
 
-    def end_epoch(self):
-        pass
-
-    def per_step(self):
-        """(seconds, operations) of a step, the mean after the warm-up."""
-        first, last = self.notes[WARM_UP - 1], self.notes[-1]
-        return [(b - a) / (self.last - WARM_UP) for a, b in zip(first, last)]
-
-
-def play(name, args, turn, compiled=False):
-    """Run a script's main() for one turn."""
     module = load("fgsm" if name == "standard" else name)
     if name == "standard":
         module.fgsm = lambda model, x, *_: x
-    module.Run = turn.begin
+    module.Run = Turn
     names = ("depth", "width", "dropout", "batch_size", "dataset", "device", "precision")
     flags = [word for key in names for word in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
     torch.compiler.reset()  # each turn has a network of its own
-    said = io.StringIO()  # notes about defaults, in every turn the same
+    errors = io.StringIO()
     try:
         with mock.patch.object(sys, "argv", [module.__file__, *flags, *["--compile"] * compiled]):
-            with contextlib.redirect_stderr(said):
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
                 module.main()
-    except Stop:
-        return turn
     except SystemExit:
-        print(said.getvalue(), end="", file=sys.stderr)
+        print(errors.getvalue(), end="", file=sys.stderr)
         raise
-    raise RuntimeError(f"{name} ended before its {turn.last} steps")
+    except Stop as stop:
+        return [(last - first) / steps for first, last in zip(notes[WARM_UP - 1], notes[-1])], stop.args[0]
 
 
 def passes(name, args):
-    """The operations of a step over those of a forward pass."""
+    """The operations of a step over those of a forward pass of the same batch, and the latter."""
     with Flops() as flops:
-        turn = play(name, args, Turn(args.steps, args.device, flops))
+        (_, step), model = play(name, args, args.steps, flops)
     with Flops() as forward, torch.no_grad():
-        turn.model(torch.rand(1, 3, 32, 32, device=args.device))
-    return turn.per_step()[1] / (forward.total * args.batch_size), forward.total * args.batch_size
+        model(torch.rand(1, 3, 32, 32, device=args.device))
+    return step / (forward.total * args.batch_size), forward.total * args.batch_size
 
 
 def peak_memory(name, args):
@@ -118,12 +107,12 @@ def peak_memory(name, args):
     if args.device.startswith("cuda"):
         before = torch.cuda.memory_allocated(args.device)
         torch.cuda.reset_peak_memory_stats(args.device)
-        play(name, args, Turn(1, args.device), args.compile)
+        play(name, args, 1, compiled=args.compile)
         return torch.cuda.max_memory_allocated(args.device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
     # What torch's allocator gave out, as on CUDA: the process's own peak varies by a tenth from run to run.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        play(name, args, Turn(1, args.device), args.compile)
+        play(name, args, 1, compiled=args.compile)
     with tempfile.TemporaryDirectory() as folder:
         profile.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
@@ -171,8 +160,8 @@ def main():
     seconds = {name: [] for name in args.only}
     for _ in range(args.rounds):
         for name in args.only:
-            turn = play(name, args, Turn(args.steps, args.device), args.compile)
-            seconds[name].append(turn.per_step()[0])
+            (took, _), _ = play(name, args, args.steps, compiled=args.compile)
+            seconds[name].append(took)
     base = "standard" if "standard" in args.only else args.only[0]
     counts, rows = {name: passes(name, args) for name in args.only}, {}
     print("step of     passes counted measured spread      ms GFLOP/s peak MB")

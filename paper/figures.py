@@ -70,21 +70,23 @@ def write(name, figure, numbers):
 
 
 def legends(paths, configs):
-    """[(label, line style)] of runs: a method's name, colour and marker, and the flags that are not defaults.
+    """[(label, line style)] of runs: a method's name, colour and marker, and those flags that not all runs share.
 
-    A run with such flags has hollow markers. Runs that are alike in all this have their seeds as markers; if those are
-    alike too, the folders' names are the labels.
+    A run with such a flag has hollow markers. Runs that are alike in all this have their seeds as markers; if those
+    are alike too, the folders' names are the labels.
     """
-    flags = [flags_of(config) for config in configs]
-    labels = [", ".join([look(c["method"])[0], *([text_of(own)] if own else [])]) for c, own in zip(configs, flags)]
-    alike = [labels.count(label) > 1 for label in labels]
-    labels = [f"{label}, seed {c['seed']}" if same else label for label, c, same in zip(labels, configs, alike)]
-    labels = [Path(path).name if labels.count(label) > 1 else label for path, label in zip(paths, labels)]
-    styles = []
-    for config, own, same in zip(configs, flags, alike):
-        _, colour, marker = look(config["method"])
+    found = [flags_of(config) for config in configs]
+    shared = {k: v for k, v in found[0].items() if all(k in other and other[k] == v for other in found)}
+    labels, styles = [], []
+    for config, flags in zip(configs, found):
+        name, colour, marker = look(config["method"])
+        own = text_of({k: v for k, v in flags.items() if k not in shared})
+        labels.append(f"{name}, {own}" if own else name)
         styles.append({"color": colour, "marker": marker, "markerfacecolor": "white" if own else colour})
-        styles[-1] |= {"marker": f"${config['seed']}$", "markersize": 8} if same else {}
+    for i in [i for i, label in enumerate(labels) if labels.count(label) > 1]:
+        labels[i] += f", seed {configs[i]['seed']}"
+        styles[i] |= {"marker": f"${configs[i]['seed']}$", "markersize": 8, "markerfacecolor": styles[i]["color"]}
+    labels = [Path(p).name if labels.count(label) > 1 else label for p, label in zip(paths, labels)]
     return list(zip(labels, styles))
 
 

@@ -101,13 +101,13 @@ def legend_below(figure, axis):
 def networks(args):
     """Yield (label, style, network, x, y) for each run; x, y: the first n test images of its data set."""
     configs = [read_json(Path(run) / "config.json", CONFIG) for run in args.runs]
-    for run, (label, style) in zip(args.runs, legends(args.runs, configs)):
+    for run, config, (label, style) in zip(args.runs, configs, legends(args.runs, configs)):
         try:
             model = load_model(run, args.device)
         except ValueError as error:
             common.fail(error)
-        dataset = argparse.Namespace(run=run, dataset=args.dataset, data_dir=args.data_dir, device=args.device)
-        x, y = load_test_data(dataset, model.arguments["num_classes"]).test(args.n)
+        flags = {"dataset": args.dataset or config["dataset"], "data_dir": args.data_dir, "device": args.device}
+        x, y = load_test_data(argparse.Namespace(**flags), model.arguments["num_classes"]).test(args.n)
         yield label, style, model.requires_grad_(False), x, y
 
 

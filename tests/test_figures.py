@@ -311,6 +311,7 @@ def test_every_printed_command_is_understood_by_its_script(cli, monkeypatch, tmp
         assert args.epochs == (2 if "free" in line or "yopo" in line else 8)
         run = Path(args.out)
         run.mkdir()  # as the run would
+        (run / "config.json").write_text(json.dumps({"dataset": TINY}))
         last, best = (parsed(monkeypatch, command) for command in evaluations)
         assert (last.run, best.run) == (str(run), str(run / "best.pt")) and last.state != best.state
         assert [last.json, best.json] == [str(tmp_path / f"{run.name}{end}.json") for end in ("", "_best")]

@@ -127,11 +127,13 @@ def text_of(flags):
 RESULTS_HEAD = """\
 # Results
 
-Made by `python -m paper.figures table` from the JSON files that the last column links to; they hold commands and
-versions. Per cent, mean ± std over seeds; [1 of 2] where not every seed was attacked; in brackets what the paper
-reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and AutoAttack are run on the first n test images. Minutes
-are those of training, by the clock, whatever else the machine was doing. Where a JSON file has no `autoattack_parts`,
-its AutoAttack is what PGD-50-10 and AutoAttack left together.
+Made by `python -m paper.figures table` from the JSON files that the last column links to; they hold
+commands and versions. Per cent, mean ± std over seeds; [1 of 2] where not every seed was attacked;
+in brackets what the paper reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and
+AutoAttack are run on the first n test images. A JSON file without `autoattack_parts` is older: its
+AutoAttack is what PGD-50-10 and AutoAttack left together. "best epoch" is best.pt, the epoch with
+the best PGD-10 accuracy on training images. Minutes are those of the whole training, by the clock,
+whatever else the machine was doing.
 
 | method | flags | data | network | epochs | eps | n | clean | PGD-50-10 | AutoAttack | minutes | hardware | seeds |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""

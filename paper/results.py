@@ -140,7 +140,7 @@ whatever else the machine was doing.
 
 
 def table(args):
-    """One row for each set-up, mean and std over its seeds, as Markdown, beside the paper's; then OUT.notes.md."""
+    """One row for each set-up, mean and std over its seeds, as Markdown, next to the paper's; then OUT.notes.md."""
     base = Path(args.out).absolute().parent if args.out else Path.cwd()
     groups = {}
     for path, result in zip(args.runs, read_results(args)):

@@ -32,7 +32,7 @@ def main():
         run = RUNS / f"{method}_wrn10-2_epochs8_eps{EPS}_seed0"
         assert json.loads((run / "config.json").read_text())["eps"] == EPS
 
-        def report(done, left, robust, method=method):
+        def report(share, robust, method=method):
             if line.due():
                 line.show(f"PGD on {method.upper()}'s network: {int(robust.sum())} of {len(robust)} unbroken")
 
@@ -45,7 +45,8 @@ def main():
     print(f"""
 The FGSM network withstands FGSM, the single step that it was trained on. Under
 PGD, 50 small steps from 10 random starts, nothing is left of its robustness:
-catastrophic overfitting. SLAT's network stands, for the same cost of training.
+catastrophic overfitting. SLAT's network does not collapse, for the same cost of
+training.
 ({common.clock(time.perf_counter() - start)} on this machine)""")
 
 

@@ -2,11 +2,13 @@
 
     python -m paper.sweep table1 --seeds 0,1,2,3 --small | sh                         one after the other
     python -m paper.sweep table1 --seeds 0,1,2,3 | xargs -P 4 -d '\\n' -I{} sh -c {}    four at a time
-    python -m paper.sweep eps16 --only fgsm,slat | sh                                 two methods alone
+    python -m paper.sweep eps16 --only fgsm,slat | sh                                 these two methods only
+    python -m paper.sweep table1 --dataset cifar100 | sh                              Table 4
     python -m paper.figures table results/*.json                                      what came out
 
-The lines say what is left to do: a run that has its result is left out, one that was cut short is resumed, a trained
-network is only evaluated. So after a crash, print and run the commands again.
+The lines say what is left to do: a run is left out if its result has these attacks, on as many images, searched in this
+precision; one that was cut short is resumed, a trained network is only evaluated. So after a crash, print and run the
+commands again.
 """
 
 import argparse
@@ -16,17 +18,28 @@ import sys
 from pathlib import Path
 
 import common
+from paper.results import read_json
 
 METHODS = sorted(path.stem.removeprefix("train_") for path in Path().glob("train_*.py"))
 # The method and flags of each row, without the flags that all rows share. Defaults are left out, so that tables share
-# their runs. alpha is in multiples of eps here.
+# their runs.
 SWEEPS = {
     "table1": [(method, {}) for method in METHODS],
     "table2": [("fgsm", {}), ("fgsm", {"alpha": 0.9}), ("slat", {"init": "uniform", "input-step": 1.25}), ("slat", {})],
-    "table3": [("slat", {}), ("slat", {"layers": "0,conv3,conv4"}), ("slat", {"layers": "0,conv1,conv2,conv3,conv4"})],
-    "eps": [(m, {"eps": eps}) for eps in (4, 8, 12, 16) for m in ("fgsm", "fgsm_rs", "n_fgsm", "slat")],
+    "table3": [
+        ("slat", {}),
+        ("slat", {"layers": "0,conv3,conv4"}),
+        ("slat", {"layers": "0,conv3,conv4", "eta": 2.7}),  # the step of the authors' code, in commented lines
+        ("slat", {"layers": "0,conv1,conv2,conv3,conv4"}),
+    ],
+    "eps": [(m, {"eps": eps}) for eps in (4, 8, 12, 16) for m in ("fgsm", "fgsm_rs", "n_fgsm", "fgsm_ckpt", "slat")],
     "eps16": [(method, {"eps": 16}) for method in METHODS],
-    "eta": [("slat", {"eta": eta} if eta != 1 else {}) for eta in (0.6, 0.7, 0.8, 0.9, 1, 1.8)],
+    "eta": [  # Figure 7: one step for the input and the hidden layers
+        *[("slat", {"eta": eta, "input-step": eta}) for eta in (0.6, 0.8)],
+        ("slat", {"input-step": 1.0}),
+    ],
+    "latent-eta": [("slat", {"eta": eta} if eta != 1 else {}) for eta in (0.6, 0.7, 0.8, 0.9, 1, 1.8)],
+    "literal": [("slat", {"input-step": 1, "no-latent-clamp": None, "dropout": 0})],  # the paper's text, word for word
     "reliability": [  # how often SLAT collapses, by dropout
         *[("slat", {"dropout": dropout}) for dropout in (0, 0.1, 0.2)],
         ("slat", {}),
@@ -59,23 +72,35 @@ def epochs_of(method, epochs):
         sys.argv = before
 
 
+def done(path, args):
+    """Is there a result with the attacks, the images and the precision that are asked for?"""
+    if not path.exists():
+        return False
+    result = read_json(path)
+    attacks = {"pgd-50-10" if name == "pgd" else name for name in args.attack.split(",")}
+    images = result.get("n") == args.n if args.n else "--n" not in result.get("command", "--n")
+    precision = result.get("search_precision") == args.search_precision
+    return images and precision and attacks <= result.get("attacks", {}).keys()
+
+
 def commands(sweep, args):
     """Yield the line of every row and seed that is not done."""
     rows = [(method, flags) for method, flags in SWEEPS[sweep] if method in args.only]
     epochs_by_method = {method: epochs_of(method, args.epochs) for method, _ in rows}
+    dataset, device = Path(args.dataset).stem, ["--device", args.device] if args.device else []
     for seed in args.seeds:
         for method, flags in rows:
             own, epochs = dict(flags), epochs_by_method[method]
             eps = own.pop("eps", args.eps)
-            if "alpha" in own:
-                own["alpha"] = round(own["alpha"] * eps, 4)
-            data = "" if Path(args.dataset).stem == "cifar10" else f"_{Path(args.dataset).stem}"
+            data = "" if dataset == "cifar10" else f"_{dataset}"
             name = f"{method}{data}_wrn{args.depth}-{args.width}_epochs{epochs}_eps{eps:g}"
             for flag, value in own.items():
                 name += f"_{flag}" + ("" if value is None else f"-{str(value).replace(',', '-')}")
             name += f"_seed{seed}"
-            run, result = Path(args.runs) / name, Path(args.results) / f"{name}.json"
-            if result.exists():
+            run, results = Path(args.runs) / name, Path(args.results)
+            ends = ("", "_best") if args.best else ("",)
+            left = [end for end in ends if not done(results / f"{name}{end}.json", args)]
+            if not left:
                 continue
             parts = []
             if not (run / "model.pt").exists():
@@ -83,12 +108,15 @@ def commands(sweep, args):
                 train += ["--depth", args.depth, "--width", args.width, "--epochs", epochs, "--eps", f"{eps:g}"]
                 for flag, value in own.items():
                     train += [f"--{flag}"] + ([] if value is None else [value])
-                train += ["--seed", seed, "--out", run] + (["--resume"] if (run / "config.json").exists() else [])
+                train += [*device, "--seed", seed, "--out", run] + ["--resume"] * (run / "config.json").exists()
                 parts.append(train)
-            evaluate = ["python", "eval_attacks.py", run, "--attack", args.attack, "--eps", f"{eps:g}"]
-            evaluate += ["--data-dir", args.data_dir] + (["--n", args.n] if args.n else [])
-            evaluate += ["--search-precision", args.search_precision, "--state", run / "eval.state", "--json", result]
-            parts.append(evaluate)
+            for end in left:
+                network = run / "best.pt" if end else run
+                evaluate = ["python", "eval_attacks.py", network, "--attack", args.attack, "--eps", f"{eps:g}"]
+                evaluate += [*device, "--data-dir", args.data_dir] + (["--n", args.n] if args.n else [])
+                asked = f"{args.attack.replace(',', '-')}_{args.n or 'all'}_{args.search_precision}"
+                evaluate += ["--search-precision", args.search_precision, "--state", run / f"eval{end}_{asked}.state"]
+                parts.append([*evaluate, "--json", results / f"{name}{end}.json"])
             yield " && ".join(shlex.join(map(str, part)) for part in parts)
 
 
@@ -121,7 +149,9 @@ def main():
     add("--eps", type=number(float, 0, 255), default=8, help="in 1/255 (default 8)")
     add("--n", type=number(int, 1), help="test images that are attacked (default all, with --small 1000)")
     add("--attack", default="pgd,autoattack", help="for eval_attacks.py (default pgd,autoattack)")
+    add("--best", action="store_true", help="evaluate best.pt too, the early-stopped network: NAME_best.json")
     add("--search-precision", choices=("fp32", "bf16"), default="bf16", help="for eval_attacks.py (default bf16)")
+    add("--device", help="of training and evaluation: auto, cpu, cuda, cuda:1, mps (default: their own)")
     add("--dataset", default="cifar10", help="cifar10, cifar100 or an .npz (default cifar10)")
     add("--data-dir", default="data", help="where cifar10 and cifar100 are (default data)")
     add("--runs", default="runs", metavar="DIR", help="folder of run folders (default runs)")

@@ -1,20 +1,22 @@
-"""paper/: figures, sweep and toy_2d: their numbers, their files, and that what they print can be run."""
+"""paper/: figures, results, sweep and toy_2d: their numbers, their files, and that what they print can be run."""
 
 import argparse
 import glob
 import importlib
 import json
-import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
-from conftest import TINY, train
-from paper import figures, sweep, toy_2d
+from conftest import SMALL, TINY, train
+from paper import figures, results, sweep, toy_2d
 from wrn import LAYERS, load_model
 
 
@@ -31,17 +33,10 @@ def written(name):
     return json.loads(name.with_suffix(".json").read_text())
 
 
-# ---------------------------------------------------------------- toy_2d.py
-
-
 def test_the_grid_finds_the_worst_case_of_a_linear_boundary():
-    model = toy_2d.Net(2)
-    with torch.no_grad():  # relu(s) - relu(-s) = s, with s = w x
-        w = torch.tensor([1.0, 3.0])
-        model.first.weight.copy_(torch.stack([w, -w]))
-        model.first.bias.zero_()
-        model.second.weight.copy_(torch.tensor([[1.0, -1.0]]))
-        model.second.bias.zero_()
+    model, w = toy_2d.Net(2), torch.tensor([1.0, 3.0])  # relu(s) - relu(-s) = s, with s = w x
+    weights = {"first.weight": torch.stack([w, -w]), "second.weight": torch.tensor([[1.0, -1.0]])}
+    model.load_state_dict(weights | {"first.bias": torch.zeros(2), "second.bias": torch.zeros(1)})
     x, y = toy_2d.sample(500, 0)
     for eps in (0.0, 0.05, 0.1):
         right = (2 * y - 1) * (x @ w) > eps * w.abs().sum()
@@ -55,63 +50,66 @@ def test_toy(cli, tmp_path):
     lean = {name: row["lean"][0] for name, row in results.items()}
     assert lean["FGSM"] > 80 > lean["standard"] > 60 > 52 > lean["SLAT, eta 0.1"] > lean["SLAT, eta 0.3"]
     assert results["SLAT, eta 0.1"]["within 0.15"][0] > results["FGSM"]["within 0.15"][0] + 10
-    assert all(row["clean"][0] > 95 for row in results.values())
-
-
-# ---------------------------------------------------------------- figures.py
 
 
 def test_figures_of_metrics(cli, runs, tmp_path):
+    rows = results.read_json(f"{runs.split()[0]}/metrics.jsonl")
     for command, key in (("curves", "test_pgd10"), ("alignment", "alignment")):
-        code, out, err = cli(figures, f"{command} {runs} --out {tmp_path / command}")
-        assert code == 0 and not err
+        assert cli(figures, f"{command} {runs} --out {tmp_path / command}")[::2] == (0, "")
         numbers = written(tmp_path / command)
-        rows = [json.loads(line) for line in Path(f"{runs.split()[0]}/metrics.jsonl").read_text().splitlines()]
         assert numbers["SLAT"][key] == [row[key] for row in rows] and list(numbers) == ["SLAT", "FGSM"]
         assert numbers["SLAT"]["share"] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
 def test_figures_of_networks(cli, runs, tmp_path, tiny):
-    for command, flags in (("grad-norm", ""), ("linearity", "--points 3 --eps 2"), ("landscape", "--points 3 --eps 2")):
-        code, out, err = cli(figures, f"{command} {runs} --n 12 {flags} --device cpu --out {tmp_path / command}")
-        assert code == 0 and not err, err
+    steps = "--points 3 --eps 2"
+    for command, flags in (("grad-norm", ""), ("linearity", f"{steps} --share 10"), ("landscape", steps)):
+        flags += f" --n 12 --device cpu --out {tmp_path / command}"
+        assert cli(figures, f"{command} {runs} {flags}")[::2] == (0, "")
     model = load_model(runs.split()[0])
     x, y = tiny.test(12)
 
-    norms = torch.zeros(5)
-    error = 0.0
+    sums, errors = torch.zeros(3, 5), torch.zeros(2)
     for image, label in zip(x, y):  # one image at a time
         logits, h = model(image[None].requires_grad_(), return_features=True)
         loss = F.cross_entropy(logits, label[None])
         found = torch.autograd.grad(loss, [h[name] for name in LAYERS])
-        norms += torch.tensor([g.abs().sum() for g in found]) / 12
-        d = 2 / 255 * found[1].sign()
-        after = F.cross_entropy(model(image[None], delta={"conv1": d}), label[None])
-        error += (after - loss - (found[1] * d).sum()).abs().item() / 12
-    numbers = written(tmp_path / "grad-norm")["l1"]["SLAT"]
-    assert list(numbers) == list(LAYERS) and list(numbers.values()) == pytest.approx(norms.tolist(), rel=1e-3)
-    assert written(tmp_path / "linearity")["error"]["SLAT"]["conv1"][-1] == pytest.approx(error, rel=0.05)
+        norm = torch.tensor([g.abs().sum() for g in found])
+        size = torch.tensor([h[name].abs().mean().item() for name in LAYERS])
+        sums += torch.stack([norm, size, norm * size]) / 12
+        for i, step in enumerate((2 / 255, size[1] / 10)):  # 10 % of the mean
+            d = step * found[1].sign()
+            after = F.cross_entropy(model(image[None], delta={"conv1": d}), label[None])
+            errors[i] += (after - loss - (found[1] * d).sum()).abs().item() / 12
+    numbers = written(tmp_path / "grad-norm")
+    for key, expected in zip(("l1", "mean_abs_h", "l1_times_mean_abs_h"), sums.tolist()):
+        assert numbers[key]["SLAT"] == pytest.approx(dict(zip(LAYERS, expected)), rel=1e-3)
+    numbers = written(tmp_path / "linearity")
+    assert numbers["eps"] == [1, 2] and numbers["share"] == [5, 10]
+    for key, expected in zip(("error", "error_of_share"), errors.tolist()):
+        assert numbers[key]["SLAT"]["conv1"][-1] == pytest.approx(expected, rel=0.05)
 
     surface = torch.tensor(written(tmp_path / "landscape")["loss"]["SLAT"])
     assert surface[1, 1].item() == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-4)
     assert (surface[2] > surface[0]).all(), "the loss rises along the sign of its gradient"
 
 
-def result(method, seed, clean, pgd, autoattack=None, usual=(), **flags):
+def result(method, seed, clean, pgd, autoattack=None, usual=(), best=False, **flags):
     """What eval_attacks.py --json writes of a run; usual: those of its flags that are the defaults."""
     config = {"method": method, "depth": 10, "width": 2, "epochs": 8, "eps": 8.0, "dropout": 0.3, "seed": seed}
     config |= {"hardware": "a CPU", "seconds": 60.0 * (seed + 1), "dataset": "cifar10.npz", **flags}
     config["not_default"] = ["depth", "width", *(flag for flag in flags if flag not in usual)]
-    attacks = {"pgd-50-10": pgd} | ({"autoattack": autoattack} if autoattack else {})
-    return {"clean": clean, "attacks": attacks, "n": 100, "eps": config["eps"], "training": config}
+    attacks = {"pgd-50-10": pgd} | ({"autoattack": autoattack} if autoattack is not None else {})
+    command = "python eval_attacks.py runs/x" + "/best.pt" * best
+    facts = {"n": 100, "eps": config["eps"], "command": command, "training": config}
+    return {"clean": clean, "attacks": attacks} | facts
 
 
-def write_results(folder, results):
+def write_results(folder, found):
     """Paths of JSON files with these results."""
-    files = [folder / f"{i}.json" for i in range(len(results))]
-    for file, content in zip(files, results):
-        file.write_text(json.dumps(content))
-    return files
+    for i, content in enumerate(found):
+        (folder / f"{i}.json").write_text(json.dumps(content))
+    return [str(folder / f"{i}.json") for i in range(len(found))]
 
 
 def check_legend(figure):
@@ -133,213 +131,232 @@ def test_legends_tell_runs_apart():
     for other, expected in (
         (config(batch_size=64), ["a", "b"]),  # the folders
         (config(batch_size=64, seed=1), ["SLAT, seed 0", "SLAT, seed 1"]),
-        (config(batch_size=64, dropout=0.0), ["SLAT", "SLAT, dropout 0"]),
         (config(batch_size=64, eta=0.5, layers=["0", "conv1"]), ["SLAT", "SLAT, eta 0.5, layers 0,conv1"]),
         (config(), ["SLAT, batch size 64", "SLAT"]),
-        (config("fgsm", batch_size=64), ["SLAT", "FGSM"]),
-        (config("fgsm", batch_size=64, alpha=4.0), ["SLAT", "FGSM, alpha 4"]),
-        (config("new_one", batch_size=64), ["SLAT", "NEW-ONE"]),  # a method that figures.py does not know
+        (config("fgsm", batch_size=64, alpha=0.9), ["SLAT", "FGSM, alpha 0.9"]),
+        (config("new_one", batch_size=64), ["SLAT", "NEW-ONE"]),  # a method that results.py does not know
     ):
         found = figures.legends(["runs/a", "runs/b"], [base, other])
         assert [label for label, _ in found] == expected
-        for label, style in found:
-            assert (style["markerfacecolor"] == "white") == (", " in label.split(", seed")[0])
+        assert [style["markerfacecolor"] == "white" for _, style in found] == [
+            ", " in x.split(", seed")[0] for x in expected
+        ]
         assert ([style["marker"] for _, style in found] == ["$0$", "$1$"]) == (other["seed"] == 1)
 
 
-@pytest.mark.parametrize(
-    "label", ["SLAT {}", "SLAT, dropout 0, seed {}", "slat_wrn10-2_epochs8_eps8_layers-0-conv1_seed{}"]
-)
+@pytest.mark.parametrize("label", ["SLAT {}", "slat_wrn10-2_epochs8_eps8_layers-0-conv1_seed{}"])
 def test_a_legend_below_hides_nothing(label):
-    pyplot = figures.pyplot()
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for i in range(9):
-        axis.plot([0, 1], [i, 9 - i], label=label.format(i))
-    axis.set(xlabel="share", ylabel="accuracy")
+    figure, axis = figures.pyplot().subplots(figsize=(7, 4), layout="constrained")
+    axis.plot([0, 1], torch.rand(2, 9), label=[label.format(i) for i in range(9)])
     figures.legend_below(figure, axis)
     check_legend(figure)
-    pyplot.close(figure)
 
 
 def test_table_and_figures_of_results(cli, tmp_path):
-    results = [
-        result("fgsm", 0, 60.0, 30.0),
+    slat = {"eta": 1.0, "input_step": 0.9}
+    found = [
+        result("slat", 0, 50.0, 31.0, 28.0, usual=slat, **slat),
+        result("slat", 0, 52.0, 32.0, 29.0, usual=["input_step"], eta=0.6, input_step=0.9),
+        result("slat", 0, 53.0, 33.0, eta=0.6, input_step=0.6),
+        result("slat", 0, 20.0, 1.0, layers=["0", "conv3"], latent_clamp=False),
         result("fgsm", 1, 62.0, 34.0, 0.5),
-        result("slat", 0, 50.0, 31.0, 28.0, usual=["eta"], eta=1.0),
-        result("slat", 0, 52.0, 32.0, 29.0, eta=0.6),
-        result("slat", 0, 20.0, 1.0, usual=["eta"], layers=["0", "conv3", "conv4"], eta=1.0, latent_clamp=False),
-        result("fgsm", 0, 61.0, 20.0, alpha=7.2, dropout=0),
-        result("fgsm", 0, 61.0, 20.0, alpha=7.2),
+        result("fgsm", 0, 60.0, 30.0),
+        result("fgsm", 0, 61.0, 20.0, alpha=0.9),
+        result("fgsm", 0, 61.0, 20.0, alpha=0.9, dropout=0),
+        result("fgsm", 0, 55.0, 29.0, 0.0, best=True),
         result("fgsm", 0, 30.0, 20.0, eps=16.0) | {"eps": 8.0},
+        result("slat", 0, 40.0, 20.0, dataset="cifar100"),
     ]
-    files = [str(file) for file in write_results(tmp_path, results)]
-    code, out, err = cli(figures, f"table {' '.join(files)} --out {tmp_path / 'table'}")
+    expected = [  # the paper's numbers stand next to its own set-ups only
+        *[("SLAT", "", "50.0 (85.9)"), ("SLAT", "eta 0.6", "52.0"), ("SLAT", "eta 0.6, input step 0.6", "53.0")],
+        *[("SLAT", "no latent clamp, layers 0,conv3", "20.0"), ("FGSM", "", "61.0 ± 1.4 (87.4)")],
+        *[("FGSM", "alpha 0.9", "61.0 (90.9)"), ("FGSM", "alpha 0.9, dropout 0", "61.0")],
+        *[("FGSM", "best epoch", "55.0"), ("FGSM", "trained with eps 16", "30.0"), ("SLAT", "", "40.0 (59.6)")],
+    ]
+    files = write_results(tmp_path, found)
+    code, out, err = cli(figures, f"table {' '.join(reversed(files))} --out {tmp_path / 'table'}")
     assert code == 0 and not err and (tmp_path / "table.md").read_text() == out
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[-7:]]
-    assert [row[:2] for row in rows] == [
-        ["SLAT", ""],
-        ["SLAT", "eta 0.6"],
-        ["SLAT", "no latent clamp, layers 0,conv3,conv4"],
-        ["FGSM", ""],
-        ["FGSM", "alpha 7.2"],
-        ["FGSM", "alpha 7.2, dropout 0"],
-        ["FGSM", "trained with eps 16"],
-    ]
-    # The paper's numbers stand beside its own set-ups alone.
-    clean = ["50.0 (85.9)", "52.0", "20.0", "61.0 ± 1.4 (87.4)", "61.0 (90.9)", "61.0", "30.0"]
-    assert [row[7] for row in rows] == clean and {row[5] for row in rows} == {"8"} and rows[0][2] == "cifar10"
-    assert rows[3][6] == "100" and rows[3][8:11] == ["32.0 ± 2.8 (0.0)", "0.5 [1 of 2] (0.0)", "1.5 ± 0.7"]
-    assert [row[12] for row in rows[2:5]] == ["[0](4.json)", "[0](0.json), [1](1.json)", "[0](6.json)"]
-    # --short leaves out what is the same in all rows: the network, epochs, eps and n.
-    code, short, _ = cli(figures, f"table --short {files[2]} {files[4]} --out {tmp_path / 'short'}")
-    assert code == 0 and short.splitlines() == [
-        "| method | flags | clean | PGD-50-10 | AutoAttack | seeds |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| SLAT |  | 50.0 (85.9) | 31.0 (47.1) | 28.0 (44.6) | [0](2.json) |",
-        "| SLAT | no latent clamp, layers 0,conv3,conv4 | 20.0 | 1.0 | not run | [0](4.json) |",
-    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[-len(expected) :]]
+    assert [(*row[:2], row[7]) for row in rows] == expected
+    assert rows[4][2:7] == ["cifar10", "WRN-10-2", "8", "8", "100"] and rows[7][9] == "0.0"
+    assert rows[4][8:] == ["32.0 ± 2.8 (0.0)", "0.5 [1 of 2] (0.0)", "1.5 ± 0.7", "a CPU", "[0](5.json), [1](4.json)"]
     (tmp_path / "table.notes.md").write_text("## Findings\n\nNone.\n")
     assert cli(figures, f"table {' '.join(files)} --out {tmp_path / 'table'}")[0] == 0
     assert (tmp_path / "table.md").read_text() == out + "\n## Findings\n\nNone.\n"
-    code, out, err = cli(figures, f"eta {' '.join(files)} --out {tmp_path / 'eta'}")
-    assert code == 0 and written(tmp_path / "eta") == {
-        "SLAT": {"eta": [0.6, 1.0], "pgd-50-10": [[32], [31]], "autoattack": [[29], [28]], "clean": [[52], [50]]}
-    }
-    code, out, err = cli(figures, f"eps {' '.join(files)} --out {tmp_path / 'eps'}")
-    assert code == 0 and {name: found["pgd-50-10"] for name, found in written(tmp_path / "eps").items()} == {
-        "SLAT": [[31]],
-        "FGSM": [[30, 34]],
-    }
-    for name, flags in (("wide", {"width": 10}), ("long", {"epochs": 30}), ("strong", {"eps": 16.0})):
-        (tmp_path / f"{name}.json").write_text(json.dumps(result("fgsm", 0, 80.0, 40.0, **flags)))
+    files.pop()  # of another data set
+    assert cli(figures, f"eta {' '.join(files)} --out {tmp_path / 'eta'}")[0] == 0
+    first = {"eta": [0.6, 1], "clean": [[52], [50]], "pgd-50-10": [[32], [31]], "autoattack": [[29], [28]]}
+    other = {"eta": [0.6], "clean": [[53]], "pgd-50-10": [[33]], "autoattack": [[]]}
+    assert written(tmp_path / "eta") == {"SLAT, input step 0.9": first, "SLAT, input step = eta": other}
+    assert cli(figures, f"eps {' '.join(files)} --out {tmp_path / 'eps'}")[0] == 0
+    robust = {name: found["pgd-50-10"] for name, found in written(tmp_path / "eps").items()}
+    assert robust == {"SLAT": [[31]], "FGSM": [[34, 30]], "FGSM, best epoch": [[29]]}
+    others = [result("fgsm", 0, 80.0, 40.0, **flags) for flags in ({"width": 10}, {"epochs": 30}, {"eps": 16.0})]
+    wide, long, strong = write_results(tmp_path, others)
     for flags, message in (
-        (f"eta {files[0]}", "--eta"),
-        (f"eps {files[0]} {tmp_path / 'wide.json'}", "WRN-10-10 on 100 images of cifar10, WRN-10-2 on 100"),
-        (f"eps {files[0]} {tmp_path / 'long.json'}", "fgsm after 30 epochs, fgsm after 8"),
-        (f"dropout {files[0]} {tmp_path / 'strong.json'}", "of cifar10 at eps 16, WRN-10-2 on 100"),
+        (f"eta {files[4]}", "--eta"),
+        (f"eps {files[4]} {wide}", "WRN-10-10 on 100 images of cifar10, WRN-10-2 on 100"),
+        (f"eps {files[4]} {long}", "FGSM after 30 epochs, FGSM after 8"),
+        (f"dropout {files[4]} {strong}", "of cifar10 at eps 16, WRN-10-2 on 100"),
     ):
         code, _, err = cli(figures, f"{flags} --out {tmp_path / 'figure'}")
         assert code == 2 and message in err and err.count("\n") == 1
 
 
-def eps_figure(monkeypatch, folder, autoattack):
-    """figures.eps of {(method, eps): AutoAttack's accuracy or None}."""
-    results = [result(method, 0, 60.0, 42.0, value, eps=eps) for (method, eps), value in autoattack.items()]
+def test_what_is_drawn_over_eps(monkeypatch, tmp_path):
+    """Points of every seed, lines through the means but for AutoAttack, a legend that fits many methods."""
+    methods = [*results.METHODS, *(f"new_{i}" for i in range(8))]
+    found = [result(method, 0, 60.0, 42.0, 35.0, eps=eps) for method in methods for eps in (4.0, 8.0)]
+    found += [result("fgsm", 1, 60.0, 44.0, None, eps=8.0)]
     drawn = []
     monkeypatch.setattr(figures, "write", lambda name, figure, numbers: drawn.append(figure))
-    figures.eps(argparse.Namespace(runs=write_results(folder, results), out="eps"))
-    return drawn[0]
+    figures.over_flag(argparse.Namespace(command="eps", runs=write_results(tmp_path, found), out="eps"))
+    lines = [line for line in drawn[0].axes[0].lines if len(line.get_xdata())]
+    assert [[*line.get_ydata()] for line in lines if line.get_marker() == "s"] == [[60] * 3, [42, 42, 44], [35, 35]]
+    means = [[*line.get_ydata()] for line in lines if line.get_linestyle() not in ("None", "none")]
+    assert len(means) == 2 * len(methods) and [42, 43] in means
+    colours = [handle.get_color() for handle in check_legend(drawn[0]).legend_handles]
+    assert len(colours) == len(methods) + 3 and len(set(colours[:12])) == len(results.METHODS) == 12
 
 
-@pytest.mark.parametrize(("at_8", "in_legend"), [(35.0, "--"), (None, "None")])
-def test_a_line_bridges_nothing_and_the_legend_shows_what_is_drawn(monkeypatch, tmp_path, at_8, in_legend):
-    autoattack = {("fgsm", 4.0): 40.0, ("fgsm", 8.0): at_8, ("fgsm", 12.0): None, ("fgsm", 16.0): 1.0}
-    figure = eps_figure(monkeypatch, tmp_path, autoattack)
-    lines = {line.get_linestyle(): line.get_ydata() for line in figure.axes[0].lines if line.get_marker() == "None"}
-    expected = {":": ["60.0"] * 4, "-": ["42.0"] * 4, "--": ["40.0", str(at_8 or "nan"), "nan", "1.0"]}
-    assert {style: list(map(str, values)) for style, values in lines.items()} == expected
-    legend = figure.legends[0]
-    styles = [handle.get_linestyle() for handle in legend.legend_handles]
-    shown = dict(zip([text.get_text() for text in legend.get_texts()], styles))
-    assert shown == {"FGSM": "None", "clean": ":", "PGD-50-10": "-", "AutoAttack": in_legend}
-    texts = eps_figure(monkeypatch, tmp_path, {("slat", 4.0): None, ("slat", 8.0): None}).legends[0].get_texts()
-    assert [text.get_text() for text in texts] == ["SLAT", "clean", "PGD-50-10"]
+def test_committed_figures_are_what_the_results_say(monkeypatch):
+    """Those that need no network: the commands of remake.sh, expanded by the shell, give the committed numbers."""
+    script, remade = "results/figures/remake.sh", {}
+    out = subprocess.run(["bash", "-c", f'python() {{ echo "$@"; }}; . {script}'], capture_output=True, text=True)
+    commands = [line.split()[2:] for line in out.stdout.splitlines() if "-m paper.figures" in line]
+    monkeypatch.setattr(figures, "write", lambda name, figure, numbers: remade.update({name: numbers}))
+    for words in commands:
+        if words[0] in ("curves", "alignment", "eps", "eta", "dropout"):
+            monkeypatch.setattr(sys, "argv", ["figures", *words])
+            figures.main()
+    assert len(remade) == 7
+    for name, numbers in remade.items():
+        assert json.loads(Path(f"{name}.json").read_text()) == numbers, f"remake {name}: bash {script}"
 
 
-def test_a_legend_of_all_methods_and_of_new_ones_fits(monkeypatch, tmp_path):
-    methods = [*figures.METHODS, *(f"new_{i}" for i in range(8))]
-    figure = eps_figure(monkeypatch, tmp_path, {(method, eps): 30.0 for method in methods for eps in (8.0, 16.0)})
-    handles = check_legend(figure).legend_handles
-    assert len(handles) == len(methods) + 3
-    assert len({handle.get_color() for handle in handles[: len(figures.METHODS)]}) == len(figures.METHODS)
-
-
-def test_committed_tables_are_what_the_results_say(cli):
-    """Each table of README and docs follows the command that made it; RESULTS.md was not edited by hand."""
-    pages = [Path("README.md"), *Path("docs").glob("*.md")]
-    made = r"<!-- python -m paper.figures (table .*?) -->\n(.*?\n)\n"
-    found = [match for page in pages for match in re.findall(made, page.read_text(), re.S)]
-    for command, text in found:
-        words = [sorted(glob.glob(word)) if "*" in word else [word] for word in command.split()]
-        assert cli(figures, " ".join(sum(words, []))) == (0, text, "")
+def test_the_committed_table_is_what_the_results_say(cli):
     _, out, _ = cli(figures, " ".join(["table", *glob.glob("results/cpu/*.json")]))
-    notes = Path("results/RESULTS.notes.md").read_text()
-    assert Path("results/RESULTS.md").read_text() == out.replace("](results/", "](") + "\n" + notes
+    expected = out.replace("](results/", "](") + "\n" + Path("results/RESULTS.notes.md").read_text()
+    assert Path("results/RESULTS.md").read_text() == expected
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"training": {}}', '{"training": {"method": "slat", "eps": "a"}}'])
+@pytest.mark.parametrize("content", ["", "[1]", '{"training": {}}', json.dumps(result("slat", 0, "53", 1))])
 def test_damaged_results_are_one_line(cli, tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     for command in ("table", "eps", "dropout"):
         code, _, err = cli(figures, f"{command} {tmp_path / 'a.json'} --out {tmp_path / 'x'}")
-        assert code == 2 and err.count("\n") == 1 and "a.json" in err or "none of these results" in err
-    for name in ("config.json", "metrics.jsonl"):
-        (tmp_path / name).write_text(content)
-    code, _, err = cli(figures, f"curves {tmp_path} --out {tmp_path / 'x'}")
-    assert code == 2 and err.count("\n") == 1
+        assert code == 2 and err.count("\n") == 1 and "a.json" in err
+    good = json.dumps(result("slat", 0, 1.0, 1.0)["training"])
+    for config, metrics in ((content, ""), (good, ""), (good, content), (good, '{"epoch": 1}')):
+        (tmp_path / "config.json").write_text(config)
+        (tmp_path / "metrics.jsonl").write_text(metrics)
+        code, _, err = cli(figures, f"curves {tmp_path} --out {tmp_path / 'x'}")
+        assert (
+            code == 2 and err.count("\n") == 1 and f"{'config.json' if config == content else 'metrics.jsonl'}" in err
+        )
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_an_error_in_the_code_keeps_its_traceback(cli, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "legends", lambda *_: {}["a typo"])
+    with pytest.raises(KeyError, match="a typo"):
+        cli(figures, f"curves {runs} --out {tmp_path / 'x'}")
+
+
+def test_errors_are_one_line(cli, runs, monkeypatch):
+    run = runs.split()[0]
+    for flags, message in (
         ("curves nowhere", "nowhere/config.json is missing"),
-        ("grad-norm nowhere", "nowhere/config.json is missing"),
-        ("curves {run} --out no/such/name", "no folder"),
-        ("linearity {run} --layers conv9", "conv9"),
-        ("landscape {run} --eps 999", "--eps"),
-        ("table {run}/config.json", "does not say how the network was trained"),
-        ("draw {run}", "draw"),
-    ],
-)
-def test_errors_are_one_line(cli, runs, flags, message):
-    code, _, err = cli(figures, flags.format(run=runs.split()[0]))
-    assert code == 2 and err.count("\n") == 1 and message in err
+        (f"curves {run} --out no/such/name", "no folder"),
+        (f"linearity {run} --layers conv9", "conv9"),
+        (f"landscape {run} --eps 999", "--eps"),
+        (f"table {run}/config.json", "does not say how the network was trained"),
+        (f"draw {run}", "draw"),
+        (f"curves {run}", "pip install matplotlib"),
+    ):
+        if "matplotlib" in message:
+            monkeypatch.setitem(sys.modules, "matplotlib", None)
+        code, _, err = cli(figures, flags)
+        assert code == 2 and err.count("\n") == 1 and message in err
 
 
-@pytest.mark.parametrize("module", [figures, toy_2d])
-def test_without_matplotlib_there_is_a_hint(cli, runs, monkeypatch, tmp_path, module):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    flags = f"curves {runs}" if module is figures else "--seeds 1 --steps 2"
-    code, _, err = cli(module, f"{flags} --out {tmp_path / 'x'}")
-    assert code == 2 and "pip install matplotlib" in err
+def parsed(monkeypatch, command):
+    """The flags that a printed command gives its script."""
+    _, script, *flags = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    return importlib.import_module(script.removesuffix(".py")).parse_args()
 
 
-# ---------------------------------------------------------------- sweep.py
+# Names by which runs are known that were made elsewhere.
+ROWS = {"eta": "eta-0.6_input-step-0.6", "literal": "input-step-1_no-latent-clamp_dropout-0"}
+ROWS |= {"table3": "layers-0-conv3-conv4_eta-2.7", "table2": "alpha-0.9", "eps": "eps12"}
 
 
 @pytest.mark.parametrize("name", sweep.SWEEPS)
 def test_every_printed_command_is_understood_by_its_script(cli, monkeypatch, tmp_path, name):
-    code, out, _ = cli(sweep, f"{name} --seeds 0,1 --small --dataset {TINY} --results {tmp_path} --runs {tmp_path}")
-    assert code == 0
+    flags = f"--seeds 0,1 --small --best --device cpu --dataset {TINY} --results {tmp_path} --runs {tmp_path}"
+    code, out, _ = cli(sweep, f"{name} {flags}")
     lines = out.splitlines()
-    assert len(lines) == len(set(lines)) == 2 * len(sweep.SWEEPS[name])
+    assert code == 0 and len(lines) == len(set(lines)) == 2 * len(sweep.SWEEPS[name])
+    assert f"_{ROWS.get(name, 'eps8')}_seed1.json" in out or name == "eps16"
     for line in lines:
-        train, evaluate = line.split(" && ")
-        for command in (train, evaluate):
-            _, script, *flags = shlex.split(command)
-            module = importlib.import_module(script.removesuffix(".py"))
-            monkeypatch.setattr(sys, "argv", [script, *flags])
-            args = module.parse_args()
-            if command == train:
-                assert (args.depth, args.width) == (10, 2)
-                assert args.epochs == (2 if "free" in line or "yopo" in line else 8)
-                (tmp_path / args.out).mkdir(exist_ok=True)  # as the run would
+        train, *evaluations = line.split(" && ")
+        args = parsed(monkeypatch, train)
+        assert (args.depth, args.width, args.device) == (10, 2, "cpu")
+        assert args.epochs == (2 if "free" in line or "yopo" in line else 8)
+        run = Path(args.out)
+        run.mkdir()  # as the run would
+        (run / "config.json").write_text(json.dumps({"dataset": TINY}))
+        last, best = (parsed(monkeypatch, command) for command in evaluations)
+        assert (last.run, best.run) == (str(run), str(run / "best.pt")) and last.state != best.state
+        assert [last.json, best.json] == [str(tmp_path / f"{run.name}{end}.json") for end in ("", "_best")]
 
 
 def test_a_sweep_skips_what_is_done_and_resumes_what_is_broken(cli, tmp_path):
-    flags = f"eta --runs {tmp_path}/runs --results {tmp_path}/results"
+    flags = f"latent-eta --small --runs {tmp_path}/runs --results {tmp_path}/results"
     lines = cli(sweep, flags)[1].splitlines()
     assert len(lines) == 6 and all("--resume" not in line for line in lines)
     names = [shlex.split(line)[-1].split("/")[-1].removesuffix(".json") for line in lines]
-    (tmp_path / "results" / f"{names[0]}.json").write_text("{}")
+
+    def finish(name, **other):
+        found = {"n": 1000, "search_precision": "bf16", "attacks": {"pgd-50-10": 1, "autoattack": 1}} | other
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(found))
+
+    finish(names[0])
     for name, file in ((names[1], "model.pt"), (names[2], "config.json")):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / file).write_text("{}")
-    now = cli(sweep, flags)[1].splitlines()
-    assert len(now) == 5
-    assert now[0].startswith("python eval_attacks.py") and "train" not in now[0]
-    assert "--resume &&" in now[1] and now[2:] == lines[3:]
+    first, second, *rest = cli(sweep, flags)[1].splitlines()
+    assert first.startswith("python eval_attacks.py") and "train" not in first
+    assert "--resume &&" in second and rest == lines[3:]
     for name in names:
-        (tmp_path / "results" / f"{name}.json").write_text("{}")
+        finish(name)
     code, out, err = cli(sweep, flags)
-    assert code == 0 and out == "" and "nothing left" in err
+    assert code == 0 and not out and "nothing left" in err
+    # A quick look, other attacks or another precision do not count; nor does the last epoch for the best one.
+    for other in ({"n": 20}, {"attacks": {"pgd-50-10": 1}}, {"search_precision": "fp32"}):
+        finish(names[3], **other)
+        assert cli(sweep, flags)[1].splitlines() == [lines[3]]
+    finish(names[3])
+    assert len(cli(sweep, f"{flags} --attack pgd")[1]) == 0 and cli(sweep, f"{flags} --best")[1].count("best.pt") == 6
+    command = flags.replace("--small", "--depth 10 --width 2 --epochs 8")  # without --n: all images
+    finish(names[0], command="python eval_attacks.py runs/x")
+    assert len(cli(sweep, command)[1].splitlines()) == 5
+
+
+def test_table_4(cli, monkeypatch, tmp_path):
+    """CIFAR-100: the authors' constants for it, 100 classes, and the paper's numbers next to the result."""
+    flags = f"table1 --dataset cifar100 --runs {tmp_path} --results {tmp_path}"
+    lines = [line.split(" && ")[0] for line in cli(sweep, flags)[1].splitlines()]
+    train = {line.split()[1]: parsed(monkeypatch, line) for line in lines}
+    assert {args.dataset for args in train.values()} == {"cifar100"} and len(train) == len(sweep.METHODS)
+    assert train["train_zero_grad.py"].q == 0.45
+    assert (train["train_n_aaer.py"].lambda_2, train["train_n_aaer.py"].lambda_3) == (1.5, 0.15)
+
+    def cifar100(folder, train, download):
+        x = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
+        return argparse.Namespace(data=x, targets=[*range(100)] * 2, classes=[f"class {i}" for i in range(100)])
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", cifar100)
+    _, script, *flags = lines[0].split() + SMALL.replace(TINY, "cifar100").split()
+    assert cli(importlib.import_module(script.removesuffix(".py")), " ".join([*flags, "--epochs", "1"]))[0] == 0
+    assert load_model(next(tmp_path.glob("*_seed0"))).arguments["num_classes"] == 100

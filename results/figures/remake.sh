@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Remakes the figures in this folder from the committed results and networks: bash results/figures/remake.sh [DATASET]
+# tests/test_figures.py runs those lines that need no network and compares the numbers.
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." && shopt -s nullglob && set -e
+N=results/cpu R=results/cpu/runs S=wrn10-2_epochs8 F=results/figures D="--dataset ${1:-cifar10}"
+
+python -m paper.figures curves $R/{slat,fgsm,fgsm_rs,n_fgsm,pgd,fgsm_ckpt}_${S}_eps8_seed0 --out $F/curves
+python -m paper.figures curves $R/{fgsm,fgsm_rs,n_fgsm,slat}_${S}_eps16_seed0 --out $F/curves-eps16
+python -m paper.figures curves $R/{fgsm,slat}_wrn10-2_epochs30_eps12_seed0 --out $F/curves-30-epochs
+python -m paper.figures alignment $R/{slat,fgsm,fgsm_rs,n_fgsm,zero_grad,n_aaer,fgsm_ckpt}_${S}_eps16_seed0 --out $F/alignment-eps16
+python -m paper.figures eps $N/{slat,fgsm,fgsm_rs,n_fgsm,fgsm_ckpt}_${S}_eps{4,8,12,16}_seed*.json --out $F/eps
+python -m paper.figures eta $N/slat_${S}_eps8_{seed0,input-step-1.0_seed0,eta-*_seed0}.json --out $F/eta
+python -m paper.figures dropout $N/{slat,fgsm}_${S}_eps8_{,dropout-*_}seed*.json --out $F/dropout
+
+python -m paper.figures landscape $R/{slat,fgsm,pgd,fgsm_ckpt}_${S}_eps8_seed0 $D --n 50 --points 13 --out $F/landscape
+python -m paper.figures landscape $R/{fgsm,fgsm_rs,slat}_${S}_eps16_seed0 --eps 16 $D --n 50 --out $F/landscape-eps16
+python -m paper.figures grad-norm $R/{slat,fgsm,fgsm_rs,pgd}_${S}_eps8_seed0 $R/free_*_eps8_seed0 $D --n 200 --out $F/grad-norm
+python -m paper.figures linearity $R/{slat,fgsm,fgsm_rs,pgd}_${S}_eps8_seed0 $R/free_*_eps8_seed0 $D --n 100 --out $F/linearity
+python -m paper.toy_2d --out $F/toy_2d

@@ -183,7 +183,7 @@ class Run:
             self.extra = {k: v.to(device) if torch.is_tensor(v) else v for k, v in state["extra"].items()}
             torch.set_rng_state(state["rng"]["cpu"])
             device_rng(device, state["rng"]["device"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             fail(f"{path} does not fit this run ({first_line(error)})")
 
 

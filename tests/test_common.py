@@ -110,7 +110,7 @@ def test_monitor_counts_fgsm_plainly(tiny):
         score = torch.where(shift.abs() > 0.02, -shift * 100, shift)
         return torch.stack([score, -score], 1)
 
-    result = bookkeeping.monitor(leaky, x, y, 8 / 255)
+    result = bookkeeping.monitor(leaky, x, y, 8 / 255, 25)
     assert result["fgsm"] == 100 and result["clean"] == 50 and result["pgd10"] < 50.1
 
 
@@ -121,11 +121,11 @@ def test_monitor_measures_alignment():
     def two(score):
         return torch.stack([score, -score], 1)
 
-    assert bookkeeping.monitor(lambda z: two(z.sum((1, 2, 3)) / 50), x, y, eps)["alignment"] == pytest.approx(1)
+    assert bookkeeping.monitor(lambda z: two(z.sum((1, 2, 3)) / 50), x, y, eps, 12)["alignment"] == pytest.approx(1)
     u = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     a, b = ((z - 0.3).flatten(1).double() for z in (x, x + eps * u))
     expected = ((a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)).mean().item()
-    found = bookkeeping.monitor(lambda z: two(((z - 0.3) ** 2).sum((1, 2, 3)) / 50), x, y, eps)["alignment"]
+    found = bookkeeping.monitor(lambda z: two(((z - 0.3) ** 2).sum((1, 2, 3)) / 50), x, y, eps, 12)["alignment"]
     assert found == pytest.approx(expected, abs=1e-5) and expected < 0.98
 
 

@@ -46,7 +46,6 @@ def test_a_run_leaves_what_it_promises(cli, tmp_path, name):
     model = load_model(run)
     final = load_file(run / "checkpoint.pt")
     assert all(torch.equal(value, final["state_dict"][key]) for key, value in model.state_dict().items())
-    assert final["best"] == max(row["train_pgd10"] for row in metrics)
 
 
 def accepts(action, text):
@@ -131,7 +130,7 @@ def test_killed_and_resumed_is_uninterrupted(cli, tmp_path, monkeypatch, name):
 def test_help_shows_every_flag(cli, name):
     code, out, _ = cli(SCRIPTS[name], "--help")
     assert code == 0 and "--eps" in out and "(default: None)" not in out
-    assert len(inspect.getsource(SCRIPTS[name]).splitlines()) <= 110
+    assert len(inspect.getsource(SCRIPTS[name]).splitlines()) <= 100
 
 
 class Recorded:
@@ -140,8 +139,8 @@ class Recorded:
     def __init__(self, build):
         self.build = build
 
-    def __call__(self, depth, width, classes, *rest):
-        self.model = self.build(depth, width, classes, *rest)
+    def __call__(self, *args, **kwargs):
+        self.model = self.build(*args, **kwargs)
         for parameter in self.frozen():
             parameter.requires_grad_(False)
         self.before = copy.deepcopy(self.model.state_dict())
@@ -151,8 +150,8 @@ class Recorded:
         return list(self.model.parameters())[-2:]
 
 
-def resnet(depth, width, classes, *rest):
-    model = torchvision.models.resnet18(num_classes=classes)
+def resnet(*_, num_classes, **__):
+    model = torchvision.models.resnet18(num_classes=num_classes)
     model.arguments = {"depth": 18, "width": 1, "dropout": 0}
     return model
 

@@ -54,4 +54,4 @@ def test_q_follows_the_data_set(monkeypatch):
     for flags, expected in (("", 0.35), ("--dataset cifar100", 0.45), ("--dataset cifar100 --q 0.7", 0.7)):
         monkeypatch.setattr("sys.argv", ["train_zero_grad.py", *flags.split()])
         args = train_zero_grad.parse_args()
-        assert args.q == expected and args.alpha == 16
+        assert args.q == expected and args.alpha == 2

@@ -1,7 +1,6 @@
 """What a run does beside training: files, resumption, and what each mistake says."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 
 import bookkeeping
@@ -268,37 +266,6 @@ def test_a_download_that_fails_names_the_flag_for_local_data(cli, tmp_path, monk
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
     code, _, err = cli(train_slat, f"--eps 8 --layers 0,conv1,conv2 --out {tmp_path / 'run'}")
     assert code == 2 and err.count("\n") == 1 and "--data-dir" in err and "no route to host" in err
-
-
-def pasting_code(marker):
-    """The python block of docs/pasting.md that contains marker."""
-    blocks = re.findall(r"```python\n(.*?)```", Path("docs/pasting.md").read_text(), re.S)
-    (block,) = [block for block in blocks if marker in block]
-    return block
-
-
-def test_docs_torchvision_resnet_trains_with_slat(tiny):
-    names = {}
-    exec(pasting_code("class Hooked"), names)
-    torch.manual_seed(0)
-    model = names["model"]
-    x, y = tiny.train(8)
-    logits, h = model(x, return_features=True)
-    torch.testing.assert_close(model.eval()(x, delta={"conv1": 0 * h["conv1"]}), model(x))
-    moved = model(x, delta={"conv1": h["conv1"] * 0 + 0.1}, return_features=True)[1]
-    torch.testing.assert_close(moved["conv1"], model(x, return_features=True)[1]["conv1"] + 0.1)
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.02)
-    losses = []
-    for _ in range(5):
-        x_adv, delta = train_slat.slat(model, x, y, 8 / 255, ["0", *names["layers"]], 8 / 255, 7.2 / 255)
-        assert set(delta) == set(names["layers"]) and all(d.abs().max() <= 8.1 / 255 for d in delta.values())
-        loss = F.cross_entropy(model(x_adv, delta=delta), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
 
 
 def test_precision_and_device_are_settled(cli, tmp_path):

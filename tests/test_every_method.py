@@ -16,7 +16,7 @@ import torchvision
 import bookkeeping
 import common
 import train_fgsm
-from conftest import SCRIPTS, SMALL, assert_same_run, rows
+from conftest import SCRIPTS, SMALL, assert_same, assert_same_run, rows
 from wrn import WideResNet, load_file, load_model
 
 every_method = pytest.mark.parametrize("name", SCRIPTS)
@@ -78,7 +78,8 @@ def flags_of(cli, monkeypatch, script):
             yield f"{flag} {max(default - 1, 1) if isinstance(default, int) else default / 2}"
 
 
-TRAINING_FLAGS = "eps 4,batch-size 16,lr-max 0.1,weight-decay 0,no-momentum-cycle,dropout 0,seed 1,precision fp32"
+OTHER = "fp32" if common.has_bf16("cpu") else "bf16"
+TRAINING_FLAGS = f"eps 4,batch-size 16,lr-max 0.1,weight-decay 0,no-momentum-cycle,dropout 0,seed 1,precision {OTHER}"
 
 
 @every_method
@@ -129,7 +130,8 @@ def test_killed_and_resumed_is_uninterrupted(cli, tmp_path, monkeypatch, name):
 @every_method
 def test_help_shows_every_flag(cli, name):
     code, out, _ = cli(SCRIPTS[name], "--help")
-    assert code == 0 and "--eps" in out and "(default: None)" not in out
+    assert code == 0 and "--eps" in out and "(default: None)" not in out and "(default: False)" not in out
+    assert "fixes everything on one machine (default: 0)" in " ".join(out.split())
     assert len(inspect.getsource(SCRIPTS[name]).splitlines()) <= 100
 
 
@@ -171,6 +173,19 @@ def test_the_method_can_be_pasted(cli, monkeypatch, tmp_path, name):
     assert not any(parameter.requires_grad for parameter in network.frozen())
     moved = {key for key in after if not torch.equal(after[key], network.before[key])}
     assert moved == {key for key, parameter in after.items() if parameter.requires_grad}
+
+
+@every_method
+def test_compiled_or_not_every_weight_learns_the_same(cli, monkeypatch, tmp_path, name):
+    """A compiled network freezes its weights in attack passes. The compiler itself has no part in this."""
+    monkeypatch.setattr(WideResNet, "compile", lambda self: None)
+    flags = f"{SMALL} --epochs 1 --limit-train 64 --monitor 1 --out {tmp_path}"
+    code, _, err = cli(SCRIPTS[name], f"{flags}/compiled --compile")
+    if code == 2:  # cannot be compiled
+        assert err.count("\n") == 1 and "--compile" in err and not list(tmp_path.iterdir())
+        return
+    assert cli(SCRIPTS[name], f"{flags}/eager")[0] == 0
+    assert_same(load_file(tmp_path / "compiled/model.pt"), load_file(tmp_path / "eager/model.pt"))
 
 
 @every_method

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -14,10 +15,9 @@ import torchvision
 import bookkeeping
 import common
 import train_fgsm
-import train_fgsm_ga
 import train_slat
-from conftest import SCRIPTS, SMALL, TINY, assert_same, assert_same_run, rows
-from wrn import load_file
+from conftest import SCRIPTS, SMALL, TINY, assert_same, assert_same_run, rows, train
+from wrn import WideResNet, load_file
 
 
 def test_the_same_command_gives_the_same_weights(cli, tmp_path):
@@ -52,14 +52,84 @@ def test_random_kills():
     assert out.count("all as uninterrupted") == 2
 
 
-def test_deterministic_algorithms_are_asked_for(cli, tmp_path):
+def test_deterministic_algorithms_are_asked_for(cli, tmp_path, monkeypatch):
+    backend, memory = torch.backends.cudnn, torch.utils.deterministic
+    monkeypatch.setattr(memory, "fill_uninitialized_memory", True)
+    assert cli(train_slat, f"{SMALL} --epochs 1 --out {tmp_path / 'b'}")[0] == 0
+    assert backend.benchmark and not torch.are_deterministic_algorithms_enabled()
     try:
         assert cli(train_slat, f"{SMALL} --epochs 1 --deterministic --out {tmp_path / 'a'}")[0] == 0
         assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        assert not backend.benchmark and not memory.fill_uninitialized_memory  # which would double the launches
     finally:
         torch.use_deterministic_algorithms(False)
-    assert cli(train_slat, f"{SMALL} --epochs 1 --out {tmp_path / 'b'}")[0] == 0
     assert_same(load_file(tmp_path / "a/model.pt"), load_file(tmp_path / "b/model.pt"))
+
+
+@pytest.mark.parametrize(("fault", "code"), [(KeyboardInterrupt(), 130), (torch.OutOfMemoryError(), 1)])
+@pytest.mark.parametrize("moment", ["monitor", "write_text"])
+def test_a_fault_between_checkpoint_and_accuracies_loses_nothing(cli, tmp_path, monkeypatch, fault, code, moment):
+    flags = f"{SMALL} --epochs 3 --out {tmp_path}"
+    assert cli(train_fgsm, f"{flags}/whole")[0] == 0
+    plain, calls = getattr(bookkeeping, moment), []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:  # of the second epoch: monitor is called twice an epoch; write_text for config.json too
+            raise fault
+        return plain(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bookkeeping, moment, fail)
+        assert cli(train_fgsm, f"{flags}/killed")[0] == code
+    assert len(load_file(tmp_path / "killed/checkpoint.pt")["rows"]) == 2 and len(rows(tmp_path / "killed")) == 1
+    assert cli(train_fgsm, f"{flags}/killed --resume")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_the_accuracies_need_less_memory_than_training(cli, tmp_path, monkeypatch):
+    """No weight wants a gradient, no batch is larger than --batch-size; and the epoch has been saved before."""
+    forward, sizes = WideResNet.forward, set()
+
+    def watched(model, x, *args, **kwargs):
+        if not model.training:
+            assert not any(weight.requires_grad for weight in model.parameters())
+            assert load_file(tmp_path / "run/checkpoint.pt")["rows"][-1].keys() == EPOCH
+            sizes.add(len(x))
+        return forward(model, x, *args, **kwargs)
+
+    monkeypatch.setattr(WideResNet, "forward", watched)
+    assert cli(train_fgsm, f"{SMALL} --epochs 1 --monitor 80 --out {tmp_path / 'run'}")[0] == 0
+    assert max(sizes) == 32
+
+
+EPOCH = {"epoch", "step", "lr", "loss", "train_acc", "seconds", "images_per_second"}
+
+
+@pytest.mark.skipif(not bookkeeping.fcntl, reason="no flock")
+def test_a_folder_is_for_one_process_at_a_time(cli, tmp_path):
+    run = train("fgsm", 1, tmp_path / "run")
+    other = os.open(run, os.O_RDONLY)
+    bookkeeping.fcntl.flock(other, bookkeeping.fcntl.LOCK_EX)
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    for more in ("", "--resume", "--overwrite"):
+        code, _, err = cli(train_fgsm, f"{SMALL} --epochs 1 --out {run} {more}")
+        assert code == 2 and err.count("\n") == 1 and "another process is training in" in err
+    assert before == {path: path.read_bytes() for path in run.iterdir()}
+    os.close(other)
+    assert cli(train_fgsm, f"{SMALL} --epochs 1 --out {run} --resume")[0] == 0
+
+
+def test_a_resume_wants_the_same_images(cli, tmp_path):
+    with np.load(TINY) as file:
+        arrays = {key: file[key][:64] for key in file.files}
+    flags = f"{SMALL} --dataset {tmp_path / 'data.npz'} --epochs 1 --out {tmp_path / 'run'}"
+    np.savez(tmp_path / "data.npz", **arrays)
+    assert cli(train_fgsm, flags)[0] == 0
+    for change in ({"train_x": 255 - arrays["train_x"]}, {key: arrays[key][:40] for key in ("test_x", "test_y")}):
+        np.savez(tmp_path / "data.npz", **arrays | change)
+        code, _, err = cli(train_fgsm, f"{flags} --resume")
+        assert code == 2 and err.count("\n") == 1 and "cannot resume" in err and "data was {" in err
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(cli, tmp_path, monkeypatch):
@@ -175,9 +245,46 @@ def test_bad_flags_are_one_line_and_write_nothing(cli, tmp_path, script, flags, 
     assert not list(tmp_path.iterdir())
 
 
-def test_fgsm_ga_cannot_be_compiled(cli, tmp_path):
-    code, _, err = cli(train_fgsm_ga, f"{SMALL} --compile --out {tmp_path / 'run'}")
-    assert code == 2 and err.count("\n") == 1 and "--compile" in err and not list(tmp_path.iterdir())
+def on_cuda(monkeypatch, bf16):
+    monkeypatch.setattr(common, "find_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(common, "has_bf16", lambda device: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+
+
+def test_what_a_gpu_cannot_do_is_one_line(cli, monkeypatch):
+    for device, module, missing in (("cpu", train_fgsm, "g++"), ("cuda", train_slat, "gcc")):
+        with monkeypatch.context() as patch:
+            patch.setattr(common.shutil, "which", lambda name: None)
+            if device == "cuda":
+                on_cuda(patch, bf16=True)
+            code, _, err = cli(module, f"--device {device} --compile")
+            assert code == 2 and err.count("\n") == 1 and f"--compile needs a compiler: install {missing}" in err
+    with monkeypatch.context() as patch:
+        on_cuda(patch, bf16=False)
+        code, _, err = cli(train_fgsm, "--device cuda --precision bf16")
+        assert code == 2 and err.count("\n") == 1 and "no bfloat16 for Tesla T4: give fp32" in err
+    for flags in ("", "--device cuda"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch, "zeros", raises(torch.OutOfMemoryError("CUDA out of memory. Tried ...\nMore.")))
+            code, _, err = cli(train_fgsm, flags)
+            assert code == 2 and err.count("\n") == 1 and "no device 'cuda' here that works (CUDA out of memory" in err
+
+
+def raises(error):
+    def function(*_, **__):
+        raise error
+
+    return function
+
+
+def test_a_gpus_random_numbers_are_in_the_checkpoint(monkeypatch):
+    state = torch.arange(3)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda new: state.copy_(new))
+    assert bookkeeping.device_rng("cpu") is None and bookkeeping.device_rng("mps") is state
+    bookkeeping.device_rng("mps", torch.ones(3))
+    assert state.tolist() == [1, 1, 1]
 
 
 def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, tmp_path):

@@ -15,11 +15,6 @@ from common import clock, fail, first_line, write_text, write_torch
 from eval_attacks import percent, pgd, predict
 from wrn import load_file
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "best.pt")
 # Flags that may differ between a run and its resumption.
 FREE_FLAGS = ("device", "compile", "data_dir", "out", "not_default", "resume", "overwrite")
@@ -28,7 +23,7 @@ ROW = (
     "{epoch:5} {loss:6.3f} {train_acc:6.1f} |  {test_clean:10.1f} {test_fgsm:5.1f} {test_pgd10:5.1f} "
     "|  {train_clean:11.1f} {train_fgsm:5.1f} {train_pgd10:5.1f}"
 )
-LOCKS = {}  # {folder: open file}; the system drops a lock when its process ends, however it ends
+LOCKS = {}  # {folder: file descriptor}; a lock goes when its process ends, however it ends
 
 
 class Run:
@@ -46,8 +41,7 @@ class Run:
         self._open_folder()
         if args.resume and (self.out / "checkpoint.pt").exists():  # there is none if it was killed in its first epoch
             self._load_checkpoint()
-        if args.device.startswith("cuda"):
-            optimizer.param_groups[0]["fused"] = True  # one kernel for all weights
+        optimizer.param_groups[0]["fused"] = args.device.startswith("cuda") or None  # one kernel for all weights
         self._announce()
         if self.epoch:  # the kill may have come before its accuracies were measured
             self._measure()
@@ -85,9 +79,7 @@ class Run:
         print(f"data     {data.name}: {images} {len(data.test_x):,} test images, {len(data.classes)} classes")
         print(f"device   {common.versions(args.device)['hardware']}, {args.precision}")
         print(f"run      {self.out}: {args.epochs} epochs, {args.epochs * self.steps:,} steps, eps {args.eps:g}/255")
-        if args.resume:
-            print(f"resumed  after epoch {self.epoch} of {args.epochs}")
-        print(HEADER, flush=True)
+        print(f"resumed  after epoch {self.epoch} of {args.epochs}\n" * args.resume + HEADER, flush=True)
 
     def _begin_epoch(self):
         """Sums over the epoch's steps; they stay on the device, so that the host need not wait for it."""
@@ -188,15 +180,17 @@ class Run:
 
 
 def lock(folder):
-    """Keep every other process out of a run's folder while this one lives. Where there is no flock, do without."""
+    """Keep every other process out of a run's folder while this one lives. On Windows, do without."""
     folder = folder.resolve()
-    if fcntl and folder not in LOCKS:
-        descriptor = os.open(folder, os.O_RDONLY)
+    if os.name == "posix" and folder not in LOCKS:
+        import fcntl
+
+        LOCKS[folder] = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(LOCKS.pop(folder))
             fail(f"another process is training in {folder}: --out names another folder")
-        LOCKS[folder] = descriptor
 
 
 def device_rng(device, state=None):

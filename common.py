@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import datetime
 import io
+import json
 import math
 import os
 import platform
@@ -150,12 +152,10 @@ def versions(device):
 
 @contextlib.contextmanager
 def frozen(model):
-    """In here, no pass computes gradients of the weights."""
+    """In here, no pass computes gradients of the weights; afterwards, those that did so before do again."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in weights:
-        weight.requires_grad_(False)
     try:
-        yield
+        yield model.requires_grad_(False)
     finally:
         for weight in weights:
             weight.requires_grad_()
@@ -227,7 +227,7 @@ class Data:
 def crop_and_flip(padded, index, top, left, flip):
     """Crops of padded[index], uint8 (N, H + 8, W + 8, C) -> (B, H, W, C), in one gather.
 
-    top, left: (B,) offsets in 0..8. flip: (B,) bool, mirror left and right after cropping.
+    index, top, left: (B,), offsets in 0..8. flip: (B,) bool, mirror left and right after cropping.
     """
     height, width = padded.shape[1] - 8, padded.shape[2] - 8
     rows = top[:, None] + torch.arange(height, device=padded.device)
@@ -241,19 +241,20 @@ def to_float(images):
     return images.permute(0, 3, 1, 2).float().div_(255).contiguous(memory_format=layout(images.device))
 
 
-def load_arrays(name, data_dir):
+def load_arrays(name, data_dir, splits=("train", "test")):
     """({train_x, train_y, test_x, test_y}, class names) of a data set: cifar10, cifar100 or the path of an .npz."""
-    names, path = ("train_x", "train_y", "test_x", "test_y"), Path(name)
+    names, path = [f"{split}_{letter}" for split in splits for letter in "xy"], Path(name)
     if name in ("cifar10", "cifar100"):
         import torchvision.datasets as datasets
 
         kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
         try:
-            train, test = (kind(data_dir, train=train, download=True) for train in (True, False))
+            parts = [kind(data_dir, train=split == "train", download=True) for split in splits]
         except Exception as error:  # the network, the disk, the archive: torchvision raises many kinds
             reason = f"cannot get {name} into {data_dir} ({first_line(error)})"
             fail(f"{reason}: name the folder that holds it with --data-dir, or a file with --dataset FILE.npz")
-        return dict(zip(names, (train.data, np.array(train.targets), test.data, np.array(test.targets)))), train.classes
+        values = [array for part in parts for array in (part.data, np.array(part.targets))]
+        return dict(zip(names, values)), parts[0].classes
     if not path.is_file():
         fail(f"no data set {name!r}: give cifar10, cifar100 or the path of an .npz")
     try:
@@ -262,15 +263,15 @@ def load_arrays(name, data_dir):
             classes = [str(c) for c in file["classes"]] if "classes" in file else []
     except Exception as error:  # zipfile, zlib and numpy each raise their own for a damaged file
         fail(f"{path} is not a data set, which needs {', '.join(names)} ({first_line(error)})")
-    for split in ("train", "test"):
+    for split in splits:
         x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
             fail(f"{path}: {split}_x is {x.dtype} {x.shape}, it must be uint8 (N, H, W, 3)")
-        if x.shape[1:] != arrays["train_x"].shape[1:]:
+        if x.shape[1:] != arrays[names[0]].shape[1:]:
             fail(f"{path}: train_x and test_x hold images of different sizes")
         if y.dtype.kind not in "iu" or y.shape != (len(x),):
             fail(f"{path}: {split}_y is {y.dtype} {y.shape}, it must be whole numbers ({len(x)},)")
-        count = max(min(int(arrays["train_y"].max()) + 1, 1000), 2)
+        count = max(min(int(arrays[names[1]].max()) + 1, 1000), 2)
         if y.min() < 0 or y.max() >= count:
             fail(f"{path}: {split}_y has labels {y.min()} to {y.max()}, it must have 0 to {count - 1} at most")
     return arrays, classes if len(classes) == count else [f"class {i}" for i in range(count)]
@@ -285,22 +286,41 @@ def load_data(args):
     return data
 
 
+def load_test_data(args, num_classes):
+    """The data set that eval_attacks.py's flags name: by default the one that the run was trained on."""
+    args.dataset = args.dataset or training_of(args.run).get("dataset")
+    if args.dataset is None:
+        fail(f"no config.json beside {args.run} names a data set: give --dataset")
+    arrays, classes = load_arrays(args.dataset, args.data_dir)
+    if arrays["test_y"].max() >= num_classes:
+        fail(f"{args.dataset} has {len(classes)} classes and the network {num_classes}")
+    return Data(args.dataset, classes, {k: arrays[k] for k in ("test_x", "test_y")}, args.device)
+
+
+def training_of(run):
+    """What a run folder, or that of a file in it, says of the training: config, seconds, last epoch; {} if nothing."""
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    try:
+        config = dict(json.loads((folder / "config.json").read_text()))
+        metrics = folder / "metrics.jsonl"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        return {**config, "seconds": sum(row["seconds"] for row in rows), "last_epoch": rows[-1] if rows else None}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def cyclic(progress, lr_max, momentum_cycle=True):
     """(learning rate, momentum) when a share `progress`, 0 to 1, of all steps is done.
 
-    Linear from 0 to lr_max over the first 40 %, linear to 0 over the rest; the momentum goes
-    0.9, 0.8, 0.9 against it, as torch's CyclicLR lets it do by default.
+    0 to lr_max over the first 40 %, to 0 over the rest; momentum 0.9, 0.8, 0.9 against it, as torch's CyclicLR has it.
     """
     height = progress / 0.4 if progress < 0.4 else (1 - progress) / 0.6
     return lr_max * height, 0.9 - 0.1 * height * momentum_cycle
 
 
 def clock(seconds):
-    """1:02:03, 2:03 or, from two days on, '9.2 days'."""
-    if seconds >= 172800:
-        return f"{seconds / 86400:.1f} days"
-    hours, minutes, seconds = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    """1:02:03, or 9 days, 1:02:03."""
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 class StatusLine:

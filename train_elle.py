@@ -43,7 +43,6 @@ def adapt(state, error, lambda_max, decay):
     standard deviations (of three at least), else decay times the last. All in tensors: the host need not wait.
     state: {"lambda", "count", "mean", "squares"}, the last three of the earlier errors (Welford's sums).
     """
-    error = error.detach()
     jump = (state["count"] > 2) & (error > state["mean"] + 2 * (state["squares"] / state["count"].clamp(min=1)).sqrt())
     count = state["count"] + 1
     mean = state["mean"] + (error - state["mean"]) / count
@@ -60,8 +59,8 @@ def parse_args():
     parser.add_argument("--decay", type=common.number(float, 0, 1), default=0.99, help="of ELLE-A's lambda, a batch")
     args = common.parse(parser)
     if args.elle_lambda is None:
-        constant = 1000.0 if args.eps < 9 else 5000.0 if args.eps <= 20 else 10000.0
-        args.elle_lambda = constant if args.constant else 4000.0
+        by_eps = 1000.0 if args.eps < 9 else 5000.0 if args.eps <= 20 else 10000.0
+        args.elle_lambda = by_eps if args.constant else 4000.0
     return args
 
 
@@ -93,7 +92,7 @@ def main():
             loss.backward()
             optimizer.step()
             run.log(loss, logits, y)
-            run.extra = adapt(run.extra, error, args.elle_lambda, args.decay)
+            run.extra = adapt(run.extra, error.detach(), args.elle_lambda, args.decay)
         run.end_epoch()
     run.finish()
 

@@ -7,7 +7,7 @@ in networks that are fooled half-way to the perturbation they were trained on, a
 
 Against train_fgsm.py: FGSM-RS, then forward passes that choose how far each image goes. The gradient is taken in eval
 mode, as in its authors' code; all other methods here take it in train mode. A step costs about 6.5 passes: FGSM's 5,
-a forward pass of the clean images, and c - 1 of the ever fewer that are undecided.
+one of the clean images, and some of those that are undecided.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 70.9 / 17.1 / 16.0; eps 16: 67.8 / 1.1 / 0.4.
 """
 

@@ -4,8 +4,7 @@ Wong, Rice & Kolter 2020, arXiv:2001.03994, Algorithm 3.
 
     python train_fgsm_rs.py --eps 8
 
-Against train_fgsm.py: the gradient is taken at a random point of the ball; the step is 1.25 eps.
-A step costs 5 passes, as FGSM's does.
+Against train_fgsm.py: the gradient is taken at a random point of the ball; the step is 1.25 eps. Cost: 5 passes.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 61.7 / 30.2 / 27.5; eps 16: 47.7 / 18.8 / 14.2.
 """
 

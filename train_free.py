@@ -6,7 +6,7 @@ Shafahi et al. 2019, arXiv:1904.12843, Algorithm 1.
 
 Against train_fgsm.py: a loop of replays, an optimiser step in each; the perturbation is one per batch slot and
 carries over from batch to batch. The schedule counts replays. 9 epochs by default: with 8 replays, 72 of the paper's.
-A step costs 3 passes, as in standard training: one backward pass to activations and weights is all.
+A step, which is a replay, costs 3 passes, as standard training does.
 Result, WRN-10-2, 2 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 54.0 / 31.9 / 28.9; eps 16: 41.4 / 21.1 / 16.0.
 """
 

@@ -4,8 +4,7 @@ De Jorge et al. 2022, arXiv:2202.01181, Algorithm 1. Not among the comparisons o
 
     python train_n_fgsm.py --eps 8
 
-Against train_fgsm.py: the gradient is taken, and the step starts, at x + U(-2 eps, 2 eps).
-A step costs 5 passes, as FGSM's does.
+Against train_fgsm.py: the gradient is taken, and the step starts, at x + U(-2 eps, 2 eps). Cost: 5 passes.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 56.6 / 32.1 / 28.4; eps 16: 41.9 / 20.5 / 15.1.
 """
 

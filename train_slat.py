@@ -5,9 +5,8 @@ every chosen layer; each is perturbed along its sign (eq. 4), which penalises su
 
     python train_slat.py --eps 8 --layers 0,conv1,conv2
 
-Against train_fgsm.py: the method, its flags, and model(x_adv, delta=delta) in the loop. A step costs 5 passes too.
-Input step 0.9, clamp and dropout are those of the authors' code; the literal text of the paper is
---input-step 1 --no-latent-clamp --dropout 0.
+Against train_fgsm.py: the method, its flags, and model(x_adv, delta=delta) in the loop. A step costs 5 passes, too.
+Input step, clamp and dropout are its authors' code's; its text alone is --input-step 1 --no-latent-clamp --dropout 0.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 53.2 / 31.6 / 27.4; eps 16: 35.7 / 21.6 / 18.4.
 """
 
@@ -30,10 +29,8 @@ def slat(model, x, y, eps, layers, eta, input_step, latent_clamp=True, init="zer
     minimum and maximum over space of h_k, per image and channel; False where h_k is not (B, C, H, W).
     init="uniform": gradients are taken at x + U(-eps, eps), and the input's step starts there.
     """
-    start = x.detach()
-    if init == "uniform":
-        start = (start + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
-    start = start.requires_grad_()
+    start = x if init == "zero" else (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
+    start = start.detach().requires_grad_()
     logits, h = model(start, return_features=True)
     loss = F.cross_entropy(logits, y)
     gradients = torch.autograd.grad(loss, [h[name] for name in layers])
@@ -58,8 +55,7 @@ def parse_args():
     parser.add_argument("--layers", default="0,conv1,conv2", help=f"what to perturb, of {','.join(LAYERS)}")
     parser.add_argument("--eta", type=common.number(float, 0), default=1.0, help="latent step, in multiples of eps")
     parser.add_argument("--input-step", type=common.number(float, 0), default=0.9, help="the input's, likewise")
-    clamp = "keep h + delta in h's range"
-    parser.add_argument("--latent-clamp", action=argparse.BooleanOptionalAction, default=True, help=clamp)
+    parser.add_argument("--latent-clamp", action=argparse.BooleanOptionalAction, default=True, help="clip h + delta")
     parser.add_argument("--init", choices=("zero", "uniform"), default="zero", help="where gradients are taken")
     args = common.parse(parser)
     args.layers = args.layers.split(",")

@@ -74,9 +74,7 @@ class WideResNet(nn.Module):
 
     def compile(self, *args, **kwargs):
         """torch.compile each group in place: compiled whole, the network returns an h that is off the graph."""
-        torch._dynamo.config.recompile_limit = (
-            64  # the groups share one count of variants: modes, gradients, batch sizes
-        )
+        torch._dynamo.config.recompile_limit = 64  # the groups share it: modes, gradients, batch sizes of each
         for group in (self.conv2, self.conv3, self.conv4):
             group.compile(*args, **kwargs)
 
@@ -128,21 +126,17 @@ def dropout(x, p):
 
 
 def layout(device):
-    """The memory format for a device: channels_last; on MPS, where BatchNorm's gradients have been wrong with it
-    (pytorch/pytorch#175189), contiguous."""
+    """channels_last, but contiguous on MPS, whose BatchNorm gradients it has made wrong (pytorch/pytorch#175189)."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
 def load_file(path):
-    """The dictionary in a file written by torch.save, on the CPU. weights_only: the file cannot run code.
-
-    ValueError in one line if the file is missing or damaged: torch itself does not compare the zip's checksums.
-    """
+    """The dictionary in a file written by torch.save, on the CPU; ValueError in one line if missing or damaged."""
     if not Path(path).is_file():
         raise ValueError(f"no file {path}")
     try:
-        with zipfile.ZipFile(path) as file:
-            content = file.testzip() or torch.load(path, map_location="cpu", weights_only=True)
+        damaged = zipfile.ZipFile(path).testzip()  # compares the checksums, which torch does not
+        content = damaged or torch.load(path, map_location="cpu", weights_only=True)  # and cannot run code
     except Exception:  # pickle, zip and torch each raise their own for a damaged file
         content = None
     if not isinstance(content, dict):
@@ -151,10 +145,7 @@ def load_file(path):
 
 
 def load_model(path, device="cpu"):
-    """The network of a run in eval mode. path: a run folder (its model.pt), or one of its .pt files.
-
-    ValueError in one line if the file is missing, damaged or does not fit.
-    """
+    """The network of a run folder (its model.pt) or one of its .pt files, in eval mode; ValueError as load_file."""
     path = Path(path)
     if path.is_dir():
         if not (path / "model.pt").exists() and (path / "checkpoint.pt").exists():
@@ -168,6 +159,5 @@ def load_model(path, device="cpu"):
         model = WideResNet(**arguments)
         model.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
-        reason = textwrap.shorten(str(error), 200)
-        raise ValueError(f"{path} does not hold the weights of a WideResNet: {reason}") from None
+        raise ValueError(f"{path} does not hold a WideResNet: {textwrap.shorten(str(error), 200)}") from None
     return model.to(device, memory_format=layout(device)).eval()

@@ -185,12 +185,14 @@ def lock(folder):
     if os.name == "posix" and folder not in LOCKS:
         import fcntl
 
-        LOCKS[folder] = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOCKS[folder] = descriptor
         except BlockingIOError:
-            os.close(LOCKS.pop(folder))
             fail(f"another process is training in {folder}: --out names another folder")
+        except OSError:  # some network file systems cannot lock
+            pass
 
 
 def device_rng(device, state=None):

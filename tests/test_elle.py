@@ -6,8 +6,6 @@ import torch.nn.functional as F
 
 import train_elle
 import train_fgsm
-from conftest import SMALL
-from wrn import load_file
 
 
 def test_elle_is_fgsm_and_the_formula(smooth):
@@ -64,12 +62,6 @@ def test_lambda_jumps_and_decays_as_by_hand():
     assert found == pytest.approx(expected)
     assert state["mean"].item() == pytest.approx(np.mean(errors)) and state["count"] == 9
     assert (state["squares"] / 9).sqrt().item() == pytest.approx(np.std(errors), rel=1e-5)
-
-
-def test_lambda_and_its_statistics_are_in_the_checkpoint(cli, tmp_path):
-    assert cli(train_elle, f"{SMALL} --epochs 2 --eps 16 --lr-max 0.05 --out {tmp_path / 'run'}")[0] == 0
-    extra = load_file(tmp_path / "run/checkpoint.pt")["extra"]
-    assert extra.keys() == {"lambda", "count", "mean", "squares"} and extra["count"] == 8 and extra["mean"] > 0
 
 
 @pytest.mark.parametrize(

@@ -45,16 +45,12 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8
 GOOD = {"train_x": IMAGES, "train_y": np.arange(20) % 4, "test_x": IMAGES[:5], "test_y": np.arange(5) % 4}
 BAD_DATA = {
     "float images": ({"train_x": IMAGES.astype(np.float32)}, "it must be uint8"),
-    "bool images": ({"test_x": GOOD["test_x"] > 5}, "it must be uint8"),
-    "grey images": ({"train_x": IMAGES[..., 0]}, "it must be uint8"),
     "four channels": ({"train_x": IMAGES.repeat(2, -1)[..., :4]}, "(N, H, W, 3)"),
     "no images": ({"train_x": IMAGES[:0], "train_y": GOOD["train_y"][:0]}, "it must be uint8"),
     "no pixels": ({"test_x": GOOD["test_x"][:, :0]}, "it must be uint8"),
     "other sizes": ({"test_x": GOOD["test_x"][:, :6]}, "different sizes"),
     "labels too few": ({"train_y": GOOD["train_y"][:-1]}, "whole numbers (20,)"),
-    "labels in columns": ({"train_y": GOOD["train_y"][:, None]}, "whole numbers (20,)"),
     "labels with fractions": ({"test_y": GOOD["test_y"] + 0.5}, "whole numbers (5,)"),
-    "labels as text": ({"test_y": GOOD["test_y"].astype(str)}, "whole numbers (5,)"),
     "label below zero": ({"train_y": GOOD["train_y"] - 1}, "train_y has labels -1 to 2"),
     "label of no class": ({"test_y": GOOD["test_y"] + 3}, "test_y has labels 3 to 6, it must have 0 to 3"),
     "label without end": ({"train_y": GOOD["train_y"] + 10**9}, "0 to 999 at most"),

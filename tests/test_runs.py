@@ -1,11 +1,10 @@
 """What a run does beside training: files, resumption, and what each mistake says."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,32 +15,8 @@ import bookkeeping
 import common
 import train_fgsm
 import train_slat
-from conftest import SCRIPTS, SMALL, TINY, assert_same, assert_same_run, rows, train
+from conftest import SCRIPTS, SMALL, TINY, assert_same, assert_same_run, train
 from wrn import WideResNet, load_file
-
-
-def test_the_same_command_gives_the_same_weights(cli, tmp_path):
-    for name in "ab":
-        assert cli(train_slat, f"{SMALL} --epochs 1 --out {tmp_path / name}")[0] == 0
-    assert_same(load_file(tmp_path / "a/model.pt"), load_file(tmp_path / "b/model.pt"))
-    assert cli(train_slat, f"{SMALL} --epochs 1 --seed 1 --out {tmp_path / 'c'}")[0] == 0
-    a, c = (load_file(tmp_path / name / "model.pt")["state_dict"]["fc.weight"] for name in "ac")
-    assert not torch.equal(a, c)
-
-
-def test_sigkill_and_resume_is_uninterrupted(cli, tmp_path):
-    flags = f"{SMALL} --epochs 6 --out"
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert cli(train_slat, f"{flags} {whole}")[0] == 0
-    process = subprocess.Popen([sys.executable, "train_slat.py", *flags.split(), str(killed)], stdout=subprocess.PIPE)
-    while not (killed / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert 1 <= len(rows(killed)) < 6
-    assert cli(train_slat, f"{flags} {killed} --resume")[0] == 0
-    assert_same_run(whole, killed)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
@@ -66,23 +41,27 @@ def test_deterministic_algorithms_are_asked_for(cli, tmp_path, monkeypatch):
     assert_same(load_file(tmp_path / "a/model.pt"), load_file(tmp_path / "b/model.pt"))
 
 
-@pytest.mark.parametrize(("fault", "code"), [(KeyboardInterrupt(), 130), (torch.OutOfMemoryError(), 1)])
-@pytest.mark.parametrize("moment", ["monitor", "write_text"])
-def test_a_fault_between_checkpoint_and_accuracies_loses_nothing(cli, tmp_path, monkeypatch, fault, code, moment):
-    flags = f"{SMALL} --epochs 3 --out {tmp_path}"
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), torch.OutOfMemoryError()])
+@pytest.mark.parametrize(
+    ("place", "name", "call", "saved"),  # what stops in which call, and the epochs that are in the checkpoint then
+    [(bookkeeping.Run, "log", 1, 0), (bookkeeping.Run, "log", 4, 1), (bookkeeping, "monitor", 3, 2),
+     (bookkeeping, "write_text", 3, 2)],
+)  # fmt: skip
+def test_a_fault_at_any_moment_loses_the_epoch_in_hand(cli, tmp_path, monkeypatch, fault, place, name, call, saved):
+    flags, plain, calls = f"{SMALL} --epochs 3 --limit-train 64 --out {tmp_path}", getattr(place, name), []
     assert cli(train_fgsm, f"{flags}/whole")[0] == 0
-    plain, calls = getattr(bookkeeping, moment), []
 
     def fail(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:  # of the second epoch: monitor is called twice an epoch; write_text for config.json too
+        if len(calls) == call:
             raise fault
         return plain(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bookkeeping, moment, fail)
-        assert cli(train_fgsm, f"{flags}/killed")[0] == code
-    assert len(load_file(tmp_path / "killed/checkpoint.pt")["rows"]) == 2 and len(rows(tmp_path / "killed")) == 1
+        patch.setattr(place, name, fail)
+        assert cli(train_fgsm, f"{flags}/killed")[0] == (130 if isinstance(fault, KeyboardInterrupt) else 1)
+    checkpoint = tmp_path / "killed/checkpoint.pt"
+    assert saved == (len(load_file(checkpoint)["rows"]) if checkpoint.exists() else 0)
     assert cli(train_fgsm, f"{flags}/killed --resume")[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
@@ -131,18 +110,6 @@ def test_a_resume_wants_the_same_images(cli, tmp_path):
         assert code == 2 and err.count("\n") == 1 and "cannot resume" in err and "data was {" in err
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(cli, tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bookkeeping.Run, "log", stop)
-        assert cli(train_fgsm, f"{SMALL} --epochs 1 --out {tmp_path / 'a'}")[0] == 130
-    assert cli(train_fgsm, f"{SMALL} --epochs 1 --out {tmp_path / 'a'} --resume")[0] == 0
-    assert cli(train_fgsm, f"{SMALL} --epochs 1 --out {tmp_path / 'b'}")[0] == 0
-    assert_same(load_file(tmp_path / "a/model.pt"), load_file(tmp_path / "b/model.pt"))
-
-
 def test_a_warning_names_the_epoch(cli, tmp_path, monkeypatch):
     seen = iter([(50, 30, 28), (50, 30, 28), (80, 60, 1), (80, 60, 1)])  # test and train, two epochs
     monkeypatch.setattr(
@@ -184,14 +151,9 @@ def test_weights_that_explode_in_an_epochs_last_step_are_not_saved(cli, tmp_path
 
 BAD_FLAGS = [
     ("--eps 256", "256 is out of range"),
-    ("--eps -1", "-1 is out of range"),
-    ("--eps nan", "nan is out of range"),
     ("--eps eight", "'eight' is not a number"),
     ("--depth 12", "6n + 4"),
-    ("--width 0", "--width"),
-    ("--epochs 0", "--epochs"),
     ("--epochs 1.5", "'1.5' is not a whole number"),
-    ("--batch-size 1", "--batch-size"),
     ("--batch-size 5000", "lower --batch-size"),
     ("--lr-max inf", "--lr-max"),
     ("--dropout 1", "less than 1"),
@@ -202,35 +164,21 @@ BAD_FLAGS = [
     ("--resume", "no run to resume"),
     ("--resume --overwrite", "--overwrite"),
     ("--seed -1", "--seed"),
-    ("--frobnicate", "--frobnicate"),
     ("--eps", "expected one argument"),
-    ("--eps 1e400", "1e400 is out of range"),
-    ("--limit-train 0", "--limit-train"),
-    ("--monitor 0", "--monitor"),
-    ("--weight-decay -1", "--weight-decay"),
-    ("--dropout -0.1", "--dropout"),
-    ("--seed 9999999999", "--seed"),
     ("--alpha 8", "8 is out of range"),
     ("extra", "unrecognized arguments: extra"),
 ]
 BAD_OWN_FLAGS = [
-    ("fgsm_rs", "--alpha -1", "--alpha"),
     ("n_fgsm", "--noise -1", "--noise"),
     ("fgsm_ckpt", "--checkpoints 0", "--checkpoints"),
-    ("fgsm_ga", "--ga-lambda -1", "--ga-lambda"),
-    ("free", "--replays 0", "--replays"),
-    ("yopo", "--outer 0", "--outer"),
     ("yopo", "--inner 1.5", "--inner"),
-    ("pgd", "--steps 0", "--steps"),
     ("pgd", "--init random", "--init"),
 ]
 BAD_SLAT_FLAGS = [
     ("--layers 0,conv9", "'conv9' is unknown"),
     ("--layers 0,0", "'0' is unknown or twice"),
     ("--layers ,", "''"),
-    ("--eta -1", "--eta"),
     ("--input-step x", "--input-step"),
-    ("--init ones", "--init"),
 ]
 
 
@@ -244,37 +192,25 @@ def test_bad_flags_are_one_line_and_write_nothing(cli, tmp_path, script, flags, 
     assert not list(tmp_path.iterdir())
 
 
-def on_cuda(monkeypatch, bf16):
-    monkeypatch.setattr(common, "find_device", lambda name: torch.device("cuda:0"))
-    monkeypatch.setattr(common, "has_bf16", lambda device: bf16)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-
-
-def test_what_a_gpu_cannot_do_is_one_line(cli, monkeypatch):
-    for device, module, missing in (("cpu", train_fgsm, "g++"), ("cuda", train_slat, "gcc")):
-        with monkeypatch.context() as patch:
-            patch.setattr(common.shutil, "which", lambda name: None)
-            if device == "cuda":
-                on_cuda(patch, bf16=True)
-            code, _, err = cli(module, f"--device {device} --compile")
-            assert code == 2 and err.count("\n") == 1 and f"--compile needs a compiler: install {missing}" in err
-    with monkeypatch.context() as patch:
-        on_cuda(patch, bf16=False)
-        code, _, err = cli(train_fgsm, "--device cuda --precision bf16")
-        assert code == 2 and err.count("\n") == 1 and "no bfloat16 for Tesla T4: give fp32" in err
-    for flags in ("", "--device cuda"):
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: True)
-            patch.setattr(torch, "zeros", raises(torch.OutOfMemoryError("CUDA out of memory. Tried ...\nMore.")))
-            code, _, err = cli(train_fgsm, flags)
-            assert code == 2 and err.count("\n") == 1 and "no device 'cuda' here that works (CUDA out of memory" in err
-
-
-def raises(error):
-    def function(*_, **__):
-        raise error
-
-    return function
+@pytest.mark.parametrize(
+    ("flags", "changes", "message"),
+    [
+        ("--device cpu --compile", {"shutil.which": None}, "install g++"),
+        ("--device cuda --compile", {"shutil.which": None, "has_bf16": True}, "install gcc"),
+        ("--device cuda --precision bf16", {"has_bf16": False}, "no bfloat16 for Tesla T4: give fp32"),
+        ("", {"torch.zeros": RuntimeError("no kernel\nMore")}, "no device 'cuda' here that works (no kernel)"),
+    ],
+)  # fmt: skip
+def test_what_a_gpu_cannot_do_is_one_line(cli, monkeypatch, flags, changes, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    if "cuda" in flags:
+        monkeypatch.setattr(common, "find_device", lambda _: torch.device("cuda:0"))
+    for name, result in changes.items():
+        effect = {"side_effect": result} if isinstance(result, Exception) else {"return_value": result}
+        monkeypatch.setattr(f"common.{name}", mock.Mock(**effect))
+    code, _, err = cli(train_fgsm, flags)
+    assert code == 2 and err.count("\n") == 1 and message in err
 
 
 def test_a_gpus_random_numbers_are_in_the_checkpoint(monkeypatch):
@@ -331,26 +267,6 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(cli, tmp_path, mon
     assert len(load_file(run / "checkpoint.pt")["rows"]) == 1 and not list(run.glob("*.new"))
 
 
-def test_a_read_only_folder(cli, tmp_path, monkeypatch):
-    """Where the tests run as root, no chmod stops them: the error comes from a patch."""
-    run = tmp_path / "run"
-
-    def refuse(path, *_, **__):
-        raise OSError(30, "Read-only file system", str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "mkdir", refuse)
-        code, _, err = cli(train_fgsm, f"{SMALL} --epochs 1 --out {run}")
-        assert code == 2 and err == f"train_fgsm.py: error: Read-only file system: {run}\n"
-    run.mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "open", refuse, raising=False)
-        patch.setattr(Path, "unlink", refuse)
-        code, _, err = cli(train_fgsm, f"{SMALL} --epochs 1 --out {run}")
-        assert code == 2 and err == f"train_fgsm.py: error: Read-only file system: {run}/config.json\n"
-    assert not list(run.iterdir())
-
-
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, fault):
     path = tmp_path / "checkpoint.pt"
@@ -372,11 +288,3 @@ def test_a_download_that_fails_names_the_flag_for_local_data(cli, tmp_path, monk
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
     code, _, err = cli(train_slat, f"--eps 8 --layers 0,conv1,conv2 --out {tmp_path / 'run'}")
     assert code == 2 and err.count("\n") == 1 and "--data-dir" in err and "no route to host" in err
-
-
-def test_precision_and_device_are_settled(cli, tmp_path):
-    assert cli(train_slat, f"{SMALL} --epochs 1 --precision fp32 --out {tmp_path / 'a'}")[0] == 0
-    assert cli(train_slat, f"{SMALL} --epochs 1 --precision bf16 --out {tmp_path / 'b'}")[0] == 0
-    a, b = (load_file(tmp_path / name / "model.pt")["state_dict"]["fc.weight"] for name in "ab")
-    assert not torch.equal(a, b)
-    torch.testing.assert_close(a, b, rtol=0.5, atol=0.05)

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-import train_fgsm_rs
 import train_zero_grad
 from test_rivals import EPS, clip, gradient_of, start_noise
 
@@ -27,15 +26,6 @@ def test_zero_grad(smooth, q):
     torch.manual_seed(4)
     x_adv = train_zero_grad.zero_grad(model, x, y, EPS, 2 * EPS, q)
     torch.testing.assert_close(x_adv, slow_zero_grad(model, x, y, 2 * EPS, q, seed=4))
-
-
-def test_with_q_0_it_is_fgsm_rs(trained):
-    model, x, y = trained
-    found = []
-    for attack, rest in ((train_zero_grad.zero_grad, (0.0,)), (train_fgsm_rs.fgsm_rs, ())):
-        torch.manual_seed(4)
-        found.append(attack(model, x, y, EPS, 2 * EPS, *rest))
-    assert torch.equal(*found)
 
 
 def test_the_share_that_does_not_move_is_q(trained):

@@ -75,8 +75,7 @@ def main():
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
     run = Run(args, model, optimizer, data)
     eps, steps = args.eps / 255, data.steps(args.batch_size)
-    if not run.extra:
-        run.extra = {key: torch.zeros((), device=args.device) for key in ("lambda", "count", "mean", "squares")}
+    run.extra = run.extra or {k: torch.zeros((), device=args.device) for k in ("lambda", "count", "mean", "squares")}
     for epoch in range(run.epoch, args.epochs):
         model.train()
         for i, (x, y) in enumerate(data.batches(epoch, args.batch_size, args.seed)):

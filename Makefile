@@ -5,6 +5,9 @@ PY = .venv/bin/python
 
 .PHONY: demo test clean
 
+# On a busy machine OpenMP's threads otherwise spin while they wait for each other.
+demo test: export OMP_WAIT_POLICY = PASSIVE
+
 demo: .venv/run
 	@$(PY) -m paper.demo
 	@echo; echo "Now SLAT, live: a small network, 2,000 images, eps 8/255, for about a minute."; echo
@@ -12,7 +15,8 @@ demo: .venv/run
 		--eps 8 --layers 0,conv1,conv2 --monitor 100 --out runs/demo --overwrite
 	@echo; echo "And the attack on it:"; echo
 	@$(PY) eval_attacks.py runs/demo --attack fgsm,pgd --eps 8 --n 100 \
-		--json runs/demo/eval.json --examples runs/demo/examples.png
+		--json runs/demo/eval.json --save-adv runs/demo/adv.npz
+	@$(PY) -m paper.demo runs/demo
 	@echo; echo "2,000 images are too few to learn CIFAR-10. The complete data set, for a GPU:"
 	@echo "    python train_slat.py --eps 8 --layers 0,conv1,conv2"
 

@@ -1,6 +1,8 @@
-"""What a script does beside training: run folder, progress line, accuracies after an epoch, checkpoint."""
+"""What a script does besides training: run folder, progress line, checkpoint, accuracies after an epoch."""
 
 import json
+import math
+import os
 import shlex
 import time
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from common import clock, fail, write_text, write_torch
+from common import clock, fail, first_line, write_text, write_torch
 from eval_attacks import percent, pgd, predict
 from wrn import load_file
 
@@ -21,151 +23,139 @@ ROW = (
     "{epoch:5} {loss:6.3f} {train_acc:6.1f} |  {test_clean:10.1f} {test_fgsm:5.1f} {test_pgd10:5.1f} "
     "|  {train_clean:11.1f} {train_fgsm:5.1f} {train_pgd10:5.1f}"
 )
+LOCKS = {}  # {folder: file descriptor}; a lock goes when its process ends, however it ends
 
 
 class Run:
     """A run's folder, its counters and what is printed. Nothing here decides how training goes on.
 
-    passes: what a step costs in forward and backward passes, standard training being 3.
-    steps_per_batch: optimiser steps on each batch (Free-AT's replays).
-    epoch, step: how many are done. total_steps: of the whole run.
+    replays: how often log() is called for each batch. epoch: how many are done and saved.
     extra: {name: tensor or number} that a method carries from step to step; it is saved in the checkpoint.
     """
 
-    def __init__(self, args, model, optimizer, data, passes, steps_per_batch=1):
+    def __init__(self, args, model, optimizer, data, replays=1):
         self.args, self.model, self.optimizer, self.data = args, model, optimizer, data
-        self.out = Path(args.out)
-        self.steps_per_epoch = len(data.train_x) // args.batch_size * steps_per_batch
-        self.total_steps = args.epochs * self.steps_per_epoch
-        self.epoch = self.step = 0
-        self.rows, self.best, self.extra = [], -1.0, {}
+        self.out, self.steps = Path(args.out), data.steps(args.batch_size) * replays
+        self.epoch, self.rows, self.extra = 0, [], {}
         self.line = common.StatusLine()
         self._open_folder()
-        self._announce(passes)
+        if args.resume and (self.out / "checkpoint.pt").exists():  # there is none if it was killed in its first epoch
+            self._load_checkpoint()
+        optimizer.param_groups[0]["fused"] = args.device.startswith("cuda") or None  # one kernel for all weights
+        self._announce()
+        if self.epoch:  # the kill may have come before its accuracies were measured
+            self._measure()
         self._begin_epoch()
 
     def _open_folder(self):
-        """Create the folder and config.json, or check that --resume fits what is there and load the checkpoint."""
-        args, out = self.args, self.out
+        """Create the folder and config.json, or check that --resume fits what is there; keep other runs out."""
+        args, out, data = self.args, self.out, self.data
         config = {key: value for key, value in vars(args).items() if key not in ("resume", "overwrite")}
-        if out.exists() and not out.is_dir():
-            fail(f"argument --out: {out} is a file, it must name a folder")
+        config["data"] = {"train": len(data.train_x), "test": len(data.test_x), "mean": data.mean, "std": data.std}
+        if args.resume and not (out / "config.json").exists():
+            fail(f"no run to resume in {out}")
+        out.mkdir(parents=True, exist_ok=True)
+        lock(out)
         if args.resume:
-            if not (out / "config.json").exists():
-                fail(f"no run to resume in {out}")
             try:
                 before = dict(json.loads((out / "config.json").read_text()))
             except (ValueError, TypeError):
                 fail(f"{out}/config.json is damaged: --overwrite starts the run anew")
-            for key in sorted(config, key=lambda key: key != "method"):
+            for key in ("method", *config):
                 if key not in FREE_FLAGS and before.get(key) != config[key]:
-                    flag = "--" + key.replace("_", "-") if key != "method" else "the method"
-                    fail(f"cannot resume {out}: {flag} was {before.get(key)} there and is {config[key]} now")
-            if (out / "checkpoint.pt").exists():  # there is none if it was killed in its first epoch
-                self._load_checkpoint()
+                    fail(f"cannot resume {out}: {key} was {before.get(key)} there and is {config[key]} now")
             return
         found = [name for name in FILES if (out / name).exists()]
         if found and not args.overwrite:
             fail(f"{out} holds a run: --resume continues it, --overwrite replaces it, --out names another folder")
-        out.mkdir(parents=True, exist_ok=True)
         for name in found:
             (out / name).unlink()
         write_text(out / "config.json", json.dumps({**config, **common.versions(args.device)}, indent=1) + "\n")
 
-    def _announce(self, passes):
+    def _announce(self):
         args, data, m = self.args, self.data, self.model.arguments
-        count = sum(p.numel() for p in self.model.parameters()) / 1e6
+        count, images = sum(p.numel() for p in self.model.parameters()) / 1e6, f"{len(data.train_x):,} training,"
         print(f"network  WRN-{m['depth']}-{m['width']}, {count:.1f} M parameters, dropout {m['dropout']}")
-        print(f"data     {data.name}: {len(data.train_x):,} training, {len(data.test_x):,} test images,", end=" ")
-        print(f"{len(data.classes)} classes")
+        print(f"data     {data.name}: {images} {len(data.test_x):,} test images, {len(data.classes)} classes")
         print(f"device   {common.versions(args.device)['hardware']}, {args.precision}")
-        print(f"run      {self.out}: {args.epochs} epochs, {self.total_steps:,} steps, eps {args.eps:g}/255")
-        print(f"cost     {passes:g} passes a step; standard training: 3")
-        if args.resume:
-            print(f"resumed  after epoch {self.epoch} of {args.epochs}")
-        print(HEADER, flush=True)
+        print(f"run      {self.out}: {args.epochs} epochs, {args.epochs * self.steps:,} steps, eps {args.eps:g}/255")
+        print(f"resumed  after epoch {self.epoch} of {args.epochs}\n" * args.resume + HEADER, flush=True)
 
     def _begin_epoch(self):
         """Sums over the epoch's steps; they stay on the device, so that the host need not wait for it."""
-        zero = torch.zeros((), device=self.args.device)
-        self.sums = {"loss": zero, "correct": zero.long(), "seen": 0, "bad_step": zero.long()}
+        self.step = self.seen = self.loss = self.correct = 0
         self.start = time.perf_counter()
 
     def log(self, loss, logits, y):
         """Count a step. Twice a second at most (in a file: every 20 seconds) the progress line fetches the sums."""
-        self.step += 1
-        sums, loss = self.sums, loss.detach()
-        sums["loss"] = sums["loss"] + loss
-        sums["correct"] = sums["correct"] + (logits.detach().argmax(1) == y).sum()
-        sums["seen"] += len(y)
-        sums["bad_step"] = torch.where(loss.isfinite() | (sums["bad_step"] > 0), sums["bad_step"], self.step)
+        self.step, self.seen = self.step + 1, self.seen + len(y)
+        self.loss = self.loss + loss.detach()
+        self.correct = self.correct + (logits.detach().argmax(1) == y).sum()
         if self.line.due():
-            steps = self.step - self.epoch * self.steps_per_epoch
-            rate = steps / (time.perf_counter() - self.start)
+            rate, epochs = self.step / (time.perf_counter() - self.start), self.args.epochs
             between = sum(row["monitor_seconds"] for row in self.rows) / max(len(self.rows), 1)
-            left = (self.total_steps - self.step) / rate + (self.args.epochs - self.epoch) * between
+            left = ((epochs - self.epoch) * self.steps - self.step) / rate + (epochs - self.epoch) * between
             self.line.show(
-                f"epoch {self.epoch + 1}/{self.args.epochs} step {steps}/{self.steps_per_epoch} "
-                f"loss {float(sums['loss']) / steps:.3f} acc {100 * int(sums['correct']) / sums['seen']:.1f} "
+                f"epoch {self.epoch + 1}/{epochs} step {self.step}/{self.steps} "
+                f"loss {float(self.loss) / self.step:.3f} acc {100 * int(self.correct) / self.seen:.1f} "
                 f"lr {self.optimizer.param_groups[0]['lr']:.3f} {rate * len(y):.0f} img/s {clock(left)} left"
             )
 
     def end_epoch(self):
-        """Measure, print and save; or end the run if a loss or weights are not finite."""
-        sums = self.sums
+        """Save the epoch, then measure it; or end the run if its loss or the weights are not finite."""
         row = {
             "epoch": self.epoch + 1,
-            "step": self.step,
+            "step": (self.epoch + 1) * self.steps,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "loss": float(sums["loss"]) / self.steps_per_epoch,  # waits for the device
-            "train_acc": 100 * int(sums["correct"]) / sums["seen"],
+            "loss": float(self.loss) / self.steps,  # waits for the device
+            "train_acc": 100 * int(self.correct) / self.seen,
             "seconds": time.perf_counter() - self.start,
         }
-        row["images_per_second"] = sums["seen"] / row["seconds"]
-        self._check_finite()
-        self.line.show(f"epoch {self.epoch + 1}/{self.args.epochs}: clean, FGSM and PGD-10 accuracy ...")
-        start = time.perf_counter()
-        row |= self._measure()
-        row["monitor_seconds"] = time.perf_counter() - start
-        row["warning"] = overfitting(row)
+        row["images_per_second"] = self.seen / row["seconds"]
+        if not math.isfinite(row["loss"]) or not all(w.isfinite().all() for w in self.model.state_dict().values()):
+            where = f"loss or weights are not finite in epoch {self.epoch + 1}"
+            fail(f"{where}: try a lower --lr-max; {self.out} keeps its last good checkpoint", 1)
         self.epoch += 1
         self.rows.append(row)
+        rng = {"cpu": torch.get_rng_state(), "device": device_rng(self.args.device)}
+        state = {"optimizer": self.optimizer.state_dict(), "rows": self.rows, "extra": self.extra, "rng": rng}
+        write_torch(self.out / "checkpoint.pt", self._weights() | state)
+        self._measure()
+        self._begin_epoch()
+
+    def _measure(self):
+        """Complete the last epoch's row with the accuracies of the network and print it. Needs no memory to train."""
+        row, start = self.rows[-1], time.perf_counter()
+        self.line.show(f"epoch {self.epoch}/{self.args.epochs}: clean, FGSM and PGD-10 accuracy ...")
+        self.model.eval()
+        # Eager and without cudnn's trials: the attack's batches shrink, and each size would be compiled or tried anew.
+        with (
+            common.frozen(self.model),
+            common.autocast(self.args),
+            torch.compiler.set_stance("force_eager"),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True),
+        ):
+            for split, images in (("test", self.data.test), ("train", self.data.train)):
+                x, y = images(self.args.monitor)
+                found = monitor(self.model, x, y, self.args.eps / 255, self.args.batch_size)
+                row |= {f"{split}_{name}": value for name, value in found.items()}
+        row["alignment"] = row.pop("test_alignment")
+        row["monitor_seconds"] = time.perf_counter() - start
+        row["warning"] = overfitting(row)
         self.line.clear()
         print(ROW.format(**row), f"{clock(row['seconds']):>7}", flush=True)
         if row["warning"]:
             print(f"warning: epoch {self.epoch}: {row['warning']}", flush=True)
         # Chosen on training images, never on test images (Andriushchenko & Flammarion 2020).
-        if row["train_pgd10"] > self.best:
-            self.best = row["train_pgd10"]
+        if row["train_pgd10"] > max((earlier["train_pgd10"] for earlier in self.rows[:-1]), default=-1):
             write_torch(self.out / "best.pt", self._weights())
-        self._save_checkpoint()
-        self._begin_epoch()
-
-    def _check_finite(self):
-        what, step = "the loss is", int(self.sums["bad_step"])
-        if not step and not all(w.isfinite().all() for w in self.model.state_dict().values()):
-            what, step = "weights are", self.step
-        if step:
-            where = f"{what} not finite, first seen in epoch {self.epoch + 1} at step {step:,}"
-            fail(f"{where}: try a lower --lr-max; {self.out} keeps its last good checkpoint", 1)
-
-    def _measure(self):
-        """The monitor's accuracies on test and on training images."""
-        self.model.eval()
-        accuracies = {}
-        # Eager: the attack's batches shrink, and each size would be compiled anew.
-        with common.autocast(self.args), torch.compiler.set_stance("force_eager"):
-            for split, images in (("test", self.data.test), ("train", self.data.train)):
-                found = monitor(self.model, *images(self.args.monitor), self.args.eps / 255)
-                accuracies |= {f"{split}_{name}": value for name, value in found.items()}
-        accuracies["alignment"] = accuracies.pop("test_alignment")
-        return accuracies
+        write_text(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def finish(self):
         """Write model.pt and say where everything is."""
         write_torch(self.out / "model.pt", self._weights())
         seconds = sum(row["seconds"] for row in self.rows)
-        print(f"trained  {clock(seconds)} for {self.total_steps:,} steps; accuracies above are in per cent")
+        print(f"trained  {clock(seconds)} for {self.epoch * self.steps:,} steps; accuracies above are in per cent")
         first = next((row for row in self.rows if row["warning"]), None)
         if first:
             print(f"warning: first seen in epoch {first['epoch']}: {first['warning']}")
@@ -175,47 +165,46 @@ class Run:
     def _weights(self):
         return {"arguments": self.model.arguments, "state_dict": self.model.state_dict()}
 
-    def _save_checkpoint(self):
-        state = {
-            **self._weights(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "rows": self.rows,
-            "best": self.best,
-            "extra": self.extra,
-            "rng": torch.get_rng_state(),
-        }
-        if self.args.device.startswith("cuda"):
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.args.device)
-        write_torch(self.out / "checkpoint.pt", state)
-        self._write_metrics()
-
-    def _write_metrics(self):
-        write_text(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-
     def _load_checkpoint(self):
         path, device = self.out / "checkpoint.pt", self.args.device
         try:
             state = load_file(path)
             self.model.load_state_dict(state["state_dict"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.epoch, self.step, self.rows, self.best = (state[key] for key in ("epoch", "step", "rows", "best"))
+            self.rows, self.epoch = state["rows"], state["rows"][-1]["epoch"]
             self.extra = {k: v.to(device) if torch.is_tensor(v) else v for k, v in state["extra"].items()}
-            if not len(self.rows) == self.epoch <= self.args.epochs or self.step != self.epoch * self.steps_per_epoch:
-                raise ValueError(f"step {self.step} is not the end of epoch {self.epoch}")
-            torch.set_rng_state(state["rng"])
-            if device.startswith("cuda") and "cuda_rng" in state:
-                torch.cuda.set_rng_state(state["cuda_rng"], device)
-            self._write_metrics()  # a kill may have come between the two files
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            fail(f"{path} does not fit this run ({common.first_line(error)})")
+            torch.set_rng_state(state["rng"]["cpu"])
+            device_rng(device, state["rng"]["device"])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            fail(f"{path} does not fit this run ({first_line(error)})")
 
 
-# ---------------------------------------------------------------- the accuracies after an epoch
+def lock(folder):
+    """Keep every other process out of a run's folder while this one lives. On Windows, do without."""
+    folder = folder.resolve()
+    if os.name == "posix" and folder not in LOCKS:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOCKS[folder] = descriptor
+        except BlockingIOError:
+            fail(f"another process is training in {folder}: --out names another folder")
+        except OSError:  # some network file systems cannot lock
+            pass
 
 
-def monitor(model, x, y, eps):
+def device_rng(device, state=None):
+    """The state of a GPU's random numbers, set to `state` if one is given; None on a CPU."""
+    gpu = torch.cuda if device.startswith("cuda") else torch.mps if device == "mps" else None
+    where = [device] if gpu is torch.cuda else []
+    if gpu and state is not None:
+        gpu.set_rng_state(state, *where)
+    return gpu and gpu.get_rng_state(*where)
+
+
+def monitor(model, x, y, eps, batch_size):
     """Clean, FGSM and PGD-10 accuracy in per cent and gradient alignment of a network in eval mode: a quick look.
 
     fgsm is the plain accuracy on x + eps sign(grad), so it can exceed clean (label leaking). pgd10 is
@@ -224,7 +213,7 @@ def monitor(model, x, y, eps):
     """
 
     def gradients(x):
-        for part, label in zip(x.split(250), y.split(250)):
+        for part, label in zip(x.split(batch_size), y.split(batch_size)):
             part = part.clone().requires_grad_()
             loss = F.cross_entropy(model(part).float(), label, reduction="sum")
             yield torch.autograd.grad(loss, part)[0]
@@ -234,9 +223,9 @@ def monitor(model, x, y, eps):
     other = torch.cat(list(gradients(x + eps * u)))
     x_fgsm = (x + eps * gradient.sign()).clamp(0, 1)
     return {
-        "clean": percent(predict(model, x) == y),
-        "fgsm": percent(predict(model, x_fgsm) == y),
-        "pgd10": percent(pgd(model, x, y, eps, steps=10, restarts=1)[0]),
+        "clean": percent(predict(model, x, batch_size) == y),
+        "fgsm": percent(predict(model, x_fgsm, batch_size) == y),
+        "pgd10": percent(pgd(model, x, y, eps, steps=10, restarts=1, batch_size=batch_size)[0]),
         "alignment": F.cosine_similarity(gradient.flatten(1), other.flatten(1)).mean().item(),
     }
 

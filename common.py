@@ -2,8 +2,8 @@
 
 import argparse
 import contextlib
+import datetime
 import io
-import json
 import math
 import os
 import platform
@@ -18,14 +18,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------- flags
+from wrn import layout
+
+CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but neither (default: None) nor (default: False)."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,6 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high=math.inf, below=math.inf):
     """An argparse type: an int or a float (kind) in [low, high] that is less than `below`."""
+    top = f" and less than {below:g}" if below < math.inf else f" and at most {high:g}" if high < math.inf else ""
 
     def parse(text):
         try:
@@ -44,8 +48,6 @@ def number(kind, low, high=math.inf, below=math.inf):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
         if not (low <= value <= high and value < below):
-            top = f" and less than {below:g}" if below < math.inf else f" and at most {high:g}"
-            top = "" if math.isinf(min(high, below)) else top
             raise argparse.ArgumentTypeError(f"{text} is out of range: at least {low:g}{top}")
         return value
 
@@ -54,8 +56,8 @@ def number(kind, low, high=math.inf, below=math.inf):
 
 def make_parser(doc):
     """A parser with the flags that every training script shares; doc is the script's docstring."""
-    doc, note = doc.split("\n\n")[0], "eps and step sizes are in units of 1/255."
-    parser = Parser(description=doc, epilog=note, formatter_class=Help)
+    note = "eps is in units of 1/255; steps, radii and noise are multiples of eps."
+    parser = Parser(description=doc.split("\n\n")[0], epilog=note, formatter_class=Help)
     add = parser.add_argument
     add("--eps", type=number(float, 0, 255), default=8.0, help="l-infinity radius, in 1/255")
     add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
@@ -77,6 +79,7 @@ def make_parser(doc):
     add("--deterministic", action="store_true", help="repeatable on CUDA too, as a CPU always is; slower kernels")
     add("--monitor", type=number(int, 1), default=1000, metavar="N", help="images for the accuracies after an epoch")
     add("--out", metavar="DIR", help="run folder (default: runs/METHOD_DATASET_epsEPS_seedSEED)")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="continue from DIR/checkpoint.pt")
     add("--overwrite", action="store_true", help="replace the run in DIR")
     return parser
@@ -86,60 +89,45 @@ def parse(parser):
     """The checked arguments, with device and precision settled and out filled in."""
     args = parser.parse_args()
     args.not_default = sorted(name for name, value in vars(args).items() if value != parser.get_default(name))
+    args.method = parser.prog.removeprefix("train_").removesuffix(".py")
+    args.out = args.out or f"runs/{args.method}_{Path(args.dataset).stem}_eps{args.eps:g}_seed{args.seed}"
     if (args.depth - 4) % 6:
-        parser.error(f"argument --depth: {args.depth} is not 6n + 4: 10, 16, 22, 28, 34, 40, ...")
-    if args.resume and args.overwrite:
-        parser.error("--resume continues a run and --overwrite replaces it: give one of them")
+        fail(f"argument --depth: {args.depth} is not 6n + 4: 10, 16, 22, 28, 34, 40, ...")
+    if 0 < args.eps < 1:
+        print(f"note: --eps {args.eps:g} is in units of 1/255", file=sys.stderr)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+    torch.backends.cudnn.benchmark = not args.deterministic  # take the fastest kernel: the shapes stay the same
     args.device = str(find_device(args.device))
-    if args.precision == "auto":
-        args.precision = "bf16" if has_bf16(args.device) else "fp32"
-    if args.compile and args.device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        parser.error("--compile on a CPU needs a C++ compiler: install g++, or leave --compile out")
-    args.method = parser.prog.removeprefix("train_").removesuffix(".py")
-    if args.out is None:
-        args.out = f"runs/{args.method}_{Path(args.dataset).stem}_eps{args.eps:g}_seed{args.seed}"
-    if 0 < args.eps < 1:
-        print(f"note: --eps {args.eps:g} is in units of 1/255", file=sys.stderr)
+    cuda, bf16 = args.device.startswith("cuda"), has_bf16(args.device)
+    if cuda and args.precision == "bf16" and not bf16:
+        fail(f"argument --precision: cuDNN has no bfloat16 for {torch.cuda.get_device_name(args.device)}: give fp32")
+    args.precision = ("bf16" if bf16 else "fp32") if args.precision == "auto" else args.precision
+    compilers = (os.environ.get("CC", "gcc"), "clang") if cuda else (os.environ.get("CXX", "g++"), "clang++")
+    if args.compile and not any(map(shutil.which, compilers)):
+        fail(f"--compile needs a compiler: install {' or '.join(compilers)}, or leave --compile out")
     return args
 
 
-def by_eps(args, name, table):
-    """Settle a flag that was not given: the value in table {eps: value} at the eps nearest to --eps; says which."""
-    if getattr(args, name) is None:
-        nearest = min(table, key=lambda eps: abs(eps - args.eps))
-        setattr(args, name, table[nearest])
-        print(f"note: --{name.replace('_', '-')} {table[nearest]:g}, the value for eps {nearest}", file=sys.stderr)
-
-
-# ---------------------------------------------------------------- device
-
-
 def find_device(name):
-    """torch.device of a --device flag, checked to be there. Float32 means float32 on it: no TF32."""
+    """torch.device of a --device flag, tried out: what does not work is one line with torch's reason."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        have = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        fail(f"argument --device: no device {name!r} here, only {', '.join(have)}")
-    torch.backends.cudnn.allow_tf32 = False
-    return device
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"argument --device: no device {name!r} here that works ({first_line(error)})")
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    return torch.device(name)
 
 
 def has_bf16(device):
     """Does this device's hardware compute in bfloat16?"""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device == "cpu" and Path("/proc/cpuinfo").exists():
-        flags = Path("/proc/cpuinfo").read_text().split()
-        return "avx512_bf16" in flags or "amx_bf16" in flags
-    return False
+    return device == "cpu" and bool(re.search("avx512_bf16|amx_bf16", CPUINFO))
 
 
 def autocast(args):
@@ -148,24 +136,47 @@ def autocast(args):
 
 
 def versions(device):
-    """What a number depends on beside its flags."""
-    if str(device).startswith("cuda"):
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        name = re.search(r"model name\s*: (.*)", cpuinfo)
-        hardware = f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
+    """What a number depends on besides its flags."""
+    name = re.search(r"model name\s*: (.*)", CPUINFO)
+    hardware = f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
     return {
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "python": sys.version.split()[0],
+        "python": platform.python_version(),
         "device": str(device),
-        "hardware": hardware,
+        "hardware": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else hardware,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
-# ---------------------------------------------------------------- data
+@contextlib.contextmanager
+def frozen(model):
+    """In here, no pass computes gradients of the weights; afterwards, those that did so before do again."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        yield model.requires_grad_(False)
+    finally:
+        for weight in weights:
+            weight.requires_grad_()
+
+
+def place(model, args, attack_apart=True):
+    """Put the network on its device; with --compile, compile it.
+
+    A compiled backward pass computes every gradient, wanted or not. So a compiled network freezes its weights in a
+    pass whose images want a gradient: an attack's. attack_apart=False: such a pass is for the weights too.
+    """
+    model.to(args.device, memory_format=layout(args.device))
+    if args.compile:
+        model.compile()
+    if args.compile and attack_apart:
+        forward = model.forward
+
+        def attack_or_train(x, **kwargs):
+            with frozen(model) if x.requires_grad else contextlib.nullcontext():
+                return forward(x, **kwargs)
+
+        model.forward = attack_or_train
 
 
 class Data:
@@ -179,17 +190,20 @@ class Data:
             value = np.arange(256) / 255
             self.mean = [float(h @ value) for h in histograms]
             self.std = [float(max(np.sqrt(h @ (value - m) ** 2), 1e-3)) for h, m in zip(histograms, self.mean)]
-            x = torch.from_numpy(x[:limit_train])
-            self.train_x = F.pad(x, (0, 0, 4, 4, 4, 4)).to(device)
+            self.train_x = F.pad(torch.from_numpy(x[:limit_train]), (0, 0, 4, 4, 4, 4)).to(device)
             self.train_y = torch.from_numpy(y[:limit_train].astype(np.int64)).to(device)
         self.test_x = torch.from_numpy(arrays["test_x"]).to(device)
         self.test_y = torch.from_numpy(arrays["test_y"].astype(np.int64)).to(device)
         self.name, self.classes, self.device = name, classes, device
 
+    def steps(self, batch_size):
+        """The batches of an epoch."""
+        return len(self.train_x) // batch_size
+
     def batches(self, epoch, batch_size, seed):
         """Yield (x, y) of one epoch: shuffled, cropped after zero padding by 4, flipped.
 
-        x: (B, 3, H, W) float32 in [0, 1], channels_last. What epoch e of seed s shows depends on (s, e) alone:
+        x: (B, 3, H, W) float32 in [0, 1]. What epoch e of seed s shows depends on (s, e) alone:
         neither on the method nor on the device nor on earlier random numbers.
         """
         n = len(self.train_x)
@@ -212,7 +226,7 @@ class Data:
 def crop_and_flip(padded, index, top, left, flip):
     """Crops of padded[index], uint8 (N, H + 8, W + 8, C) -> (B, H, W, C), in one gather.
 
-    top, left: (B,) offsets in 0..8. flip: (B,) bool, mirror left and right after cropping.
+    index, top, left: (B,), offsets in 0..8. flip: (B,) bool, mirror left and right after cropping.
     """
     height, width = padded.shape[1] - 8, padded.shape[2] - 8
     rows = top[:, None] + torch.arange(height, device=padded.device)
@@ -222,49 +236,41 @@ def crop_and_flip(padded, index, top, left, flip):
 
 
 def to_float(images):
-    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1], channels_last."""
-    return images.permute(0, 3, 1, 2).float().div_(255)
-
-
-NAMES = ("train_x", "train_y", "test_x", "test_y")
+    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1], in the memory format of the device."""
+    return images.permute(0, 3, 1, 2).float().div_(255).contiguous(memory_format=layout(images.device))
 
 
 def load_arrays(name, data_dir, splits=("train", "test")):
-    """({train_x, train_y, test_x, test_y}, class names) of a data set: cifar10, cifar100 or the path of an .npz.
-
-    splits: what an .npz must hold; ("test",) is enough for an evaluation.
-    """
+    """({train_x, train_y, test_x, test_y}, class names) of a data set: cifar10, cifar100 or the path of an .npz."""
+    names, path = [f"{split}_{letter}" for split in splits for letter in "xy"], Path(name)
     if name in ("cifar10", "cifar100"):
         import torchvision.datasets as datasets
 
         kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
         try:
-            train, test = (kind(data_dir, train=train, download=True) for train in (True, False))
+            parts = [kind(data_dir, train=split == "train", download=True) for split in splits]
         except Exception as error:  # the network, the disk, the archive: torchvision raises many kinds
             reason = f"cannot get {name} into {data_dir} ({first_line(error)})"
             fail(f"{reason}: name the folder that holds it with --data-dir, or a file with --dataset FILE.npz")
-        values = (train.data, np.array(train.targets), test.data, np.array(test.targets))
-        return dict(zip(NAMES, values)), train.classes
-    path = Path(name)
+        values = [array for part in parts for array in (part.data, np.array(part.targets))]
+        return dict(zip(names, values)), parts[0].classes
     if not path.is_file():
         fail(f"no data set {name!r}: give cifar10, cifar100 or the path of an .npz")
     try:
         with np.load(path, allow_pickle=False) as file:  # so that it cannot run code
-            arrays = {key: np.asarray(file[key]) for key in NAMES if key.split("_")[0] in splits}
+            arrays = {key: np.asarray(file[key]) for key in names}
             classes = [str(c) for c in file["classes"]] if "classes" in file else []
     except Exception as error:  # zipfile, zlib and numpy each raise their own for a damaged file
-        fail(f"{path} is not a data set, which needs {', '.join(NAMES)} ({first_line(error)})")
+        fail(f"{path} is not a data set, which needs {', '.join(names)} ({first_line(error)})")
     for split in splits:
         x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
             fail(f"{path}: {split}_x is {x.dtype} {x.shape}, it must be uint8 (N, H, W, 3)")
+        if x.shape[1:] != arrays[names[0]].shape[1:]:
+            fail(f"{path}: train_x and test_x hold images of different sizes")
         if y.dtype.kind not in "iu" or y.shape != (len(x),):
             fail(f"{path}: {split}_y is {y.dtype} {y.shape}, it must be whole numbers ({len(x)},)")
-    if len({arrays[f"{split}_x"].shape[1:] for split in splits}) > 1:
-        fail(f"{path}: train_x and test_x hold images of different sizes")
-    count = max(min(int(arrays[f"{splits[0]}_y"].max()) + 1, 1000), 2)
-    for split in splits:
-        y = arrays[f"{split}_y"]
+        count = max(min(int(arrays[names[1]].max()) + 1, 1000), 2)
         if y.min() < 0 or y.max() >= count:
             fail(f"{path}: {split}_y has labels {y.min()} to {y.max()}, it must have 0 to {count - 1} at most")
     return arrays, classes if len(classes) == count else [f"class {i}" for i in range(count)]
@@ -279,59 +285,25 @@ def load_data(args):
     return data
 
 
-def load_test_data(args, num_classes):
-    """The data set that eval_attacks.py's flags name: by default the one that the run was trained on."""
-    args.dataset = args.dataset or training_of(args.run).get("dataset")
-    if args.dataset is None:
-        fail(f"no config.json beside {args.run} names a data set: give --dataset")
-    arrays, classes = load_arrays(args.dataset, args.data_dir)
-    if arrays["test_y"].max() >= num_classes:
-        fail(f"{args.dataset} has {len(classes)} classes and the network {num_classes}")
-    return Data(args.dataset, classes, {k: arrays[k] for k in ("test_x", "test_y")}, args.device)
-
-
-def training_of(run):
-    """What a run folder, or that of a file in it, says of the training: config, seconds, last epoch; {} if nothing."""
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    try:
-        config = dict(json.loads((folder / "config.json").read_text()))
-        metrics = folder / "metrics.jsonl"
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-        return {**config, "seconds": sum(row["seconds"] for row in rows), "last_epoch": rows[-1] if rows else None}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-# ---------------------------------------------------------------- schedule
-
-
 def cyclic(progress, lr_max, momentum_cycle=True):
     """(learning rate, momentum) when a share `progress`, 0 to 1, of all steps is done.
 
-    Linear from 0 to lr_max over the first 40 %, linear to 0 over the rest; the momentum goes
-    0.9, 0.8, 0.9 against it, as torch's CyclicLR lets it do by default.
+    0 to lr_max over the first 40 %, to 0 over the rest; momentum 0.9, 0.8, 0.9 against it, as torch's CyclicLR has it.
     """
     height = progress / 0.4 if progress < 0.4 else (1 - progress) / 0.6
     return lr_max * height, 0.9 - 0.1 * height * momentum_cycle
 
 
-# ---------------------------------------------------------------- screen
-
-
 def clock(seconds):
-    """1:02:03, 2:03 or, from two days on, '9.2 days'."""
-    if seconds >= 172800:
-        return f"{seconds / 86400:.1f} days"
-    hours, minutes, seconds = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    """1:02:03, or 9 days, 1:02:03."""
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 class StatusLine:
     """One line that redraws itself on a terminal; in a file, a plain line every 20 seconds."""
 
     def __init__(self):
-        self.terminal = sys.stdout.isatty()
-        self.last = time.monotonic()
+        self.terminal, self.last = sys.stdout.isatty(), time.monotonic()
 
     def due(self):
         """Is it time to show something? Ask before the numbers are fetched: that makes the host wait for a GPU."""
@@ -344,17 +316,12 @@ class StatusLine:
             self.last = time.monotonic()
 
     def clear(self):
-        if self.terminal:
-            print("\r\033[K", end="", flush=True)
-
-
-# ---------------------------------------------------------------- files and errors
+        print("\r\033[K" if self.terminal else "", end="", flush=True)
 
 
 def write_file(path, content):
     """Write bytes to a new file beside path, then move it there: path is whole at every moment."""
-    path = Path(path)
-    new = path.with_name(path.name + ".new")
+    new = Path(f"{path}.new")
     try:
         with open(new, "wb") as file:
             file.write(content)
@@ -373,8 +340,7 @@ def write_text(path, text):
 
 
 def write_torch(path, state):
-    # Through memory: on a full disk torch.save fails in C++, not with an OSError.
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # through memory: on a full disk torch.save fails in C++, not with an OSError
     torch.save(state, buffer)
     write_file(path, buffer.getbuffer())
 
@@ -395,7 +361,7 @@ def launch(main):
     except torch.OutOfMemoryError:
         fail("out of device memory: give a smaller --batch-size, --width or --depth", 1)
     except KeyboardInterrupt:
-        fail("interrupted: --resume (training) or --state (evaluation) continues", 130)
+        fail("interrupted: --resume continues a training run", 130)
 
 
 def first_line(error):

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """FGSM-GA: FGSM plus GradAlign, a penalty on gradients that turn within the eps-ball.
 
 Andriushchenko & Flammarion 2020, arXiv:2007.02617, eq. 4: lambda (1 - cos(grad L(x), grad L(x + u))), u in U(eps).
@@ -7,6 +6,7 @@ Andriushchenko & Flammarion 2020, arXiv:2007.02617, eq. 4: lambda (1 - cos(grad 
 
 Against train_fgsm.py: a second gradient, and its penalty in the loss. Each of the two passes in train mode has dropout
 masks and batch statistics of its own, as in the code of SLAT's authors: the cosine is below 1 even for a linear loss.
+A step costs 11 passes: FGSM's 5; forward, backward to the input at x + u; that graph backward to the weights, 4.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 54.7 / 31.9 / 28.4; eps 16: 27.0 / 20.0 / 17.4.
 """
 
@@ -16,9 +16,6 @@ import torch.nn.functional as F
 import common
 from bookkeeping import Run
 from wrn import WideResNet
-
-GA_LAMBDA = {4: 0.063, 8: 0.2, 12: 0.632, 16: 2.0}  # by eps, for CIFAR-10: those of its authors
-PASSES = 11  # FGSM's 5; forward, backward to the input at x + u; that graph backward to the weights: 4
 
 
 def fgsm_ga(model, x, y, eps, alpha):
@@ -44,15 +41,14 @@ def fgsm_ga(model, x, y, eps, alpha):
 
 def parse_args():
     parser = common.make_parser(__doc__)
-    parser.add_argument("--alpha", type=common.number(float, 0, 255), help="step size, in 1/255 (default: eps)")
-    parser.add_argument(
-        "--ga-lambda", type=common.number(float, 0), help="weight of the misalignment (default: by eps)"
-    )
+    parser.add_argument("--alpha", type=common.number(float, 0, 4), default=1.0, help="step size, in multiples of eps")
+    weight = "of the misalignment (default: 0.02 * 10^(eps / 8), its authors' for CIFAR-10)"
+    parser.add_argument("--ga-lambda", type=common.number(float, 0), help=weight)
     args = common.parse(parser)
     if args.compile:
         parser.error("argument --compile: torch.compile cannot differentiate twice, which this method does")
-    args.alpha = args.eps if args.alpha is None else args.alpha
-    common.by_eps(args, "ga_lambda", GA_LAMBDA)
+    if args.ga_lambda is None:
+        args.ga_lambda = 0.02 * 10 ** (args.eps / 8)
     return args
 
 
@@ -60,21 +56,21 @@ def main():
     args = parse_args()
     torch.manual_seed(args.seed)
     data = common.load_data(args)
-    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
-    model.to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
-    run = Run(args, model, optimizer, data, PASSES)
-    if args.compile:
-        model.compile()
-
-    eps, alpha = args.eps / 255, args.alpha / 255
+    model = WideResNet(
+        args.depth, args.width, num_classes=len(data.classes), dropout=args.dropout, mean=data.mean, std=data.std
+    )
+    common.place(model, args)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
+    run = Run(args, model, optimizer, data)
+    eps, steps = args.eps / 255, data.steps(args.batch_size)
     for epoch in range(run.epoch, args.epochs):
         model.train()
-        for x, y in data.batches(epoch, args.batch_size, args.seed):
-            lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+        for i, (x, y) in enumerate(data.batches(epoch, args.batch_size, args.seed)):
+            progress = (epoch * steps + i) / (args.epochs * steps)
+            lr, momentum = common.cyclic(progress, args.lr_max, args.momentum_cycle)
             optimizer.param_groups[0].update(lr=lr, momentum=momentum)
             with common.autocast(args):
-                x_adv, misalignment = fgsm_ga(model, x, y, eps, alpha)
+                x_adv, misalignment = fgsm_ga(model, x, y, eps, args.alpha * eps)
                 logits = model(x_adv)
                 loss = F.cross_entropy(logits, y) + args.ga_lambda * misalignment
             optimizer.zero_grad()

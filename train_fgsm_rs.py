@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """FGSM-RS: FGSM from a random start, with a step longer than the radius.
 
 Wong, Rice & Kolter 2020, arXiv:2001.03994, Algorithm 3.
 
     python train_fgsm_rs.py --eps 8
 
-Against train_fgsm.py: the gradient is taken at a random point of the ball; the step defaults to 1.25 eps.
+Against train_fgsm.py: the gradient is taken at a random point of the ball; the step is 1.25 eps. Cost: 5 passes.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 61.7 / 30.2 / 27.5; eps 16: 47.7 / 18.8 / 14.2.
 """
 
@@ -15,8 +14,6 @@ import torch.nn.functional as F
 import common
 from bookkeeping import Run
 from wrn import WideResNet
-
-PASSES = 5  # forward, backward to the input; then forward, backward to weights and activations (two)
 
 
 def fgsm_rs(model, x, y, eps, alpha):
@@ -34,31 +31,29 @@ def fgsm_rs(model, x, y, eps, alpha):
 
 def parse_args():
     parser = common.make_parser(__doc__)
-    parser.add_argument("--alpha", type=common.number(float, 0, 510), help="step size, in 1/255 (default: 1.25 eps)")
-    args = common.parse(parser)
-    args.alpha = 1.25 * args.eps if args.alpha is None else args.alpha
-    return args
+    parser.add_argument("--alpha", type=common.number(float, 0, 4), default=1.25, help="step size, in multiples of eps")
+    return common.parse(parser)
 
 
 def main():
     args = parse_args()
     torch.manual_seed(args.seed)
     data = common.load_data(args)
-    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
-    model.to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
-    run = Run(args, model, optimizer, data, PASSES)
-    if args.compile:
-        model.compile()
-
-    eps, alpha = args.eps / 255, args.alpha / 255
+    model = WideResNet(
+        args.depth, args.width, num_classes=len(data.classes), dropout=args.dropout, mean=data.mean, std=data.std
+    )
+    common.place(model, args)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
+    run = Run(args, model, optimizer, data)
+    eps, steps = args.eps / 255, data.steps(args.batch_size)
     for epoch in range(run.epoch, args.epochs):
         model.train()
-        for x, y in data.batches(epoch, args.batch_size, args.seed):
-            lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+        for i, (x, y) in enumerate(data.batches(epoch, args.batch_size, args.seed)):
+            progress = (epoch * steps + i) / (args.epochs * steps)
+            lr, momentum = common.cyclic(progress, args.lr_max, args.momentum_cycle)
             optimizer.param_groups[0].update(lr=lr, momentum=momentum)
             with common.autocast(args):
-                x_adv = fgsm_rs(model, x, y, eps, alpha)
+                x_adv = fgsm_rs(model, x, y, eps, args.alpha * eps)
                 logits = model(x_adv)
                 loss = F.cross_entropy(logits, y)
             optimizer.zero_grad()

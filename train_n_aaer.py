@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """N-AAER: N-FGSM plus a penalty on abnormal images, those whose loss the attack has lowered.
 
 Lin, Yu, Han, Xiao, Cheng & Liu, NeurIPS 2023, arXiv:2404.08154 (AAER: abnormal adversarial examples regularisation).
@@ -8,7 +7,7 @@ They multiply before catastrophic overfitting; the penalty grows with their numb
 
 Against train_n_fgsm.py: the loss has a penalty that compares losses and logits at the random start and after the step.
 In the authors' code the loss after the step is a constant in the lambda_2 term, which so has no gradient; it is the
-default, as their numbers come from it. In the paper's formula it is not: --loss-gradient.
+default, as their numbers come from it. In the paper's formula it is not: --loss-gradient. A step costs 5 passes.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 57.4 / 31.5 / -; eps 16: 41.8 / 20.6 / 15.7.
 """
 
@@ -18,10 +17,6 @@ import torch.nn.functional as F
 import common
 from bookkeeping import Run
 from wrn import WideResNet
-
-PASSES = 5  # forward, backward to the input; then forward, backward to weights and activations (two)
-LAMBDA_2 = {8: 1.5, 12: 5.0, 16: 8.5, 32: 2.75}  # by eps, of its authors for CIFAR-10
-LAMBDA_3 = {8: 0.15, 12: 0.55, 16: 1.5, 32: 0.75}
 
 
 def n_aaer(model, x, y, alpha, noise, lambda_1, lambda_2, lambda_3, loss_gradient=False):
@@ -53,16 +48,20 @@ def n_aaer(model, x, y, alpha, noise, lambda_1, lambda_2, lambda_3, loss_gradien
 
 def parse_args():
     parser = common.make_parser(__doc__)
-    parser.add_argument("--alpha", type=common.number(float, 0, 255), help="step size, in 1/255 (default: eps)")
+    parser.add_argument("--alpha", type=common.number(float, 0, 4), default=1.0, help="step size, in multiples of eps")
     parser.add_argument("--noise", type=common.number(float, 0), default=2.0, help="start noise, in multiples of eps")
     parser.add_argument("--lambda-1", type=common.number(float, 0), default=1.0, help="weight of the penalty")
-    parser.add_argument("--lambda-2", type=common.number(float, 0), help="of the losses' change (default: by eps)")
-    parser.add_argument("--lambda-3", type=common.number(float, 0), help="of the logits' change (default: by eps)")
+    default = "(default: its authors' at the nearest eps)"
+    parser.add_argument("--lambda-2", type=common.number(float, 0), help=f"of the losses' change {default}")
+    parser.add_argument("--lambda-3", type=common.number(float, 0), help=f"of the logits' change {default}")
     parser.add_argument("--loss-gradient", action="store_true", help="the lambda_2 term has a gradient (see above)")
     args = common.parse(parser)
-    common.by_eps(args, "lambda_2", LAMBDA_2)
-    common.by_eps(args, "lambda_3", LAMBDA_3)
-    args.alpha = args.eps if args.alpha is None else args.alpha
+    table = {8: (1.5, 0.15), 12: (5.0, 0.55), 16: (8.5, 1.5), 32: (2.75, 0.75)}
+    if args.dataset == "cifar100":
+        table = {8: (1.5, 0.15), 12: (3.5, 0.3), 16: (6.0, 0.5), 32: (3.5, 0.5)}
+    lambda_2, lambda_3 = table[min(table, key=lambda eps: abs(eps - args.eps))]
+    args.lambda_2 = lambda_2 if args.lambda_2 is None else args.lambda_2
+    args.lambda_3 = lambda_3 if args.lambda_3 is None else args.lambda_3
     return args
 
 
@@ -70,22 +69,22 @@ def main():
     args = parse_args()
     torch.manual_seed(args.seed)
     data = common.load_data(args)
-    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
-    model.to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
-    run = Run(args, model, optimizer, data, PASSES)
-    if args.compile:
-        model.compile()
-
-    eps, alpha = args.eps / 255, args.alpha / 255
+    model = WideResNet(
+        args.depth, args.width, num_classes=len(data.classes), dropout=args.dropout, mean=data.mean, std=data.std
+    )
+    common.place(model, args)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
+    run = Run(args, model, optimizer, data)
+    eps, steps = args.eps / 255, data.steps(args.batch_size)
     lambdas = args.lambda_1, args.lambda_2, args.lambda_3
     for epoch in range(run.epoch, args.epochs):
         model.train()
-        for x, y in data.batches(epoch, args.batch_size, args.seed):
-            lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+        for i, (x, y) in enumerate(data.batches(epoch, args.batch_size, args.seed)):
+            progress = (epoch * steps + i) / (args.epochs * steps)
+            lr, momentum = common.cyclic(progress, args.lr_max, args.momentum_cycle)
             optimizer.param_groups[0].update(lr=lr, momentum=momentum)
             with common.autocast(args):
-                loss, logits = n_aaer(model, x, y, alpha, args.noise * eps, *lambdas, args.loss_gradient)
+                loss, logits = n_aaer(model, x, y, args.alpha * eps, args.noise * eps, *lambdas, args.loss_gradient)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

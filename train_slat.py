@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """SLAT, single-step latent adversarial training: FGSM in the input and in hidden layers at once.
 
 Park & Lee 2021, arXiv:2104.01575, Algorithm 1. One backward pass gives the gradient at the input and at
@@ -6,8 +5,8 @@ every chosen layer; each is perturbed along its sign (eq. 4), which penalises su
 
     python train_slat.py --eps 8 --layers 0,conv1,conv2
 
-Against train_fgsm.py: the method, its flags, and model(x_adv, delta=delta) in the loop.
-Steps, clamp and dropout are those of the authors' code; the paper does not mention them.
+Against train_fgsm.py: the method, its flags, and model(x_adv, delta=delta) in the loop. A step costs 5 passes, too.
+Input step, clamp and dropout are its authors' code's; its text alone is --input-step 1 --no-latent-clamp --dropout 0.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 53.2 / 31.6 / 27.4; eps 16: 35.7 / 21.6 / 18.4.
 """
 
@@ -20,8 +19,6 @@ import common
 from bookkeeping import Run
 from wrn import LAYERS, WideResNet
 
-PASSES = 5  # forward, backward to the input; then forward, backward to weights and activations (two)
-
 
 def slat(model, x, y, eps, layers, eta, input_step, latent_clamp=True, init="zero"):
     """What to train on, model(x_adv, delta=delta): images x_adv and latent perturbations {name: delta_k}.
@@ -29,13 +26,11 @@ def slat(model, x, y, eps, layers, eta, input_step, latent_clamp=True, init="zer
     x: (B, C, H, W) in [0, 1]; y: (B,) class indices; eps, eta, input_step: in [0, 1] units. layers: names of
     the network's features, "0" being the input. delta_k = eta sign(grad_h_k L); x_adv = x + input_step
     sign(grad_x L), clipped to the eps-ball and to [0, 1]. latent_clamp: h_k + delta_k stays within the
-    minimum and maximum over space of h_k, per image and channel. init="uniform": gradients are taken at
-    x + U(-eps, eps), and the input's step starts there.
+    minimum and maximum over space of h_k, per image and channel; False where h_k is not (B, C, H, W).
+    init="uniform": gradients are taken at x + U(-eps, eps), and the input's step starts there.
     """
-    start = x.detach()
-    if init == "uniform":
-        start = (start + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
-    start = start.requires_grad_()
+    start = x if init == "zero" else (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
+    start = start.detach().requires_grad_()
     logits, h = model(start, return_features=True)
     loss = F.cross_entropy(logits, y)
     gradients = torch.autograd.grad(loss, [h[name] for name in layers])
@@ -45,11 +40,13 @@ def slat(model, x, y, eps, layers, eta, input_step, latent_clamp=True, init="zer
             x_adv = x_adv + input_step * gradient.sign()
             continue
         # Eq. 4 in the precision of x, float32, whatever the network computes in: bfloat16 would round h + delta.
-        delta[name] = gradient.to(x.dtype).sign_().mul_(eta)
+        delta[name] = eta * gradient.to(x.dtype).sign()
         if latent_clamp:
             h_k = h[name].detach().to(x.dtype)
+            if h_k.dim() != 4:
+                raise ValueError(f"{name!r} is {tuple(h_k.shape)}, not (B, C, H, W): it needs latent_clamp=False")
             low, high = h_k.amin((2, 3), keepdim=True), h_k.amax((2, 3), keepdim=True)
-            delta[name].clamp_(low - h_k, high - h_k)
+            delta[name] = delta[name].clamp(low - h_k, high - h_k)
     return torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1), delta
 
 
@@ -57,12 +54,8 @@ def parse_args():
     parser = common.make_parser(__doc__)
     parser.add_argument("--layers", default="0,conv1,conv2", help=f"what to perturb, of {','.join(LAYERS)}")
     parser.add_argument("--eta", type=common.number(float, 0), default=1.0, help="latent step, in multiples of eps")
-    parser.add_argument(
-        "--input-step", type=common.number(float, 0), default=0.9, help="input step, in multiples of eps"
-    )
-    parser.add_argument(
-        "--latent-clamp", action=argparse.BooleanOptionalAction, default=True, help="keep h + delta in h's range"
-    )
+    parser.add_argument("--input-step", type=common.number(float, 0), default=0.9, help="the input's, likewise")
+    parser.add_argument("--latent-clamp", action=argparse.BooleanOptionalAction, default=True, help="clip h + delta")
     parser.add_argument("--init", choices=("zero", "uniform"), default="zero", help="where gradients are taken")
     args = common.parse(parser)
     args.layers = args.layers.split(",")
@@ -76,19 +69,19 @@ def main():
     args = parse_args()
     torch.manual_seed(args.seed)
     data = common.load_data(args)
-    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
-    model.to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
-    run = Run(args, model, optimizer, data, PASSES)
-    if args.compile:
-        model.compile()
-
-    eps = args.eps / 255
+    model = WideResNet(
+        args.depth, args.width, num_classes=len(data.classes), dropout=args.dropout, mean=data.mean, std=data.std
+    )
+    common.place(model, args)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
+    run = Run(args, model, optimizer, data)
+    eps, steps = args.eps / 255, data.steps(args.batch_size)
     eta, input_step = args.eta * eps, args.input_step * eps
     for epoch in range(run.epoch, args.epochs):
         model.train()
-        for x, y in data.batches(epoch, args.batch_size, args.seed):
-            lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+        for i, (x, y) in enumerate(data.batches(epoch, args.batch_size, args.seed)):
+            progress = (epoch * steps + i) / (args.epochs * steps)
+            lr, momentum = common.cyclic(progress, args.lr_max, args.momentum_cycle)
             optimizer.param_groups[0].update(lr=lr, momentum=momentum)
             with common.autocast(args):
                 x_adv, delta = slat(model, x, y, eps, args.layers, eta, input_step, args.latent_clamp, args.init)

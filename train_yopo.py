@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """YOPO-m-n: m full passes a batch, and between them n steps of the perturbation through the first layer alone.
 
 Zhang et al. 2019, arXiv:1905.00877, Algorithm 1. p, the gradient at the first layer's output, is held fixed
@@ -7,7 +6,7 @@ while the perturbation climbs <p, f_0(x + d)>.
     python train_yopo.py --eps 8 --outer 5 --inner 3
 
 Against train_fgsm.py: attack and weight gradients are one; one optimiser step on the sum of the m gradients, with
-lr / m. 6 epochs by default: what the SLAT paper's 62.5 minutes pay for, where 30 epochs of FGSM take 100.5.
+lr / m. A step costs 3 m passes. 7 epochs by default: the SLAT paper says 30, its minutes pay for 7.5 (docs/methods.md).
 Result, WRN-10-2, 2 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 44.1 / 23.7 / 20.0; eps 16: 35.5 / 13.4 / 9.3.
 """
 
@@ -46,36 +45,33 @@ def yopo(model, x, y, eps, alpha, outer, inner):
 
 def parse_args():
     parser = common.make_parser(__doc__)
-    parser.set_defaults(epochs=6)
-    parser.add_argument("--alpha", type=common.number(float, 0, 255), help="step size, in 1/255 (default: eps / 4)")
+    parser.set_defaults(epochs=7)
+    parser.add_argument("--alpha", type=common.number(float, 0, 4), default=0.25, help="step size, in multiples of eps")
     parser.add_argument("--outer", type=common.number(int, 1), default=5, help="m, full passes a batch")
     parser.add_argument("--inner", type=common.number(int, 1), default=3, help="n, first-layer steps a pass")
-    args = common.parse(parser)
-    args.alpha = args.eps / 4 if args.alpha is None else args.alpha
-    return args
+    return common.parse(parser)
 
 
 def main():
     args = parse_args()
     torch.manual_seed(args.seed)
     data = common.load_data(args)
-    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
-    model.to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, weight_decay=args.weight_decay)
-    passes = 3 * args.outer  # the inner steps touch the first layer alone: under 1 % of a pass
-    run = Run(args, model, optimizer, data, passes)
-    if args.compile:
-        model.compile()
-
-    eps, alpha = args.eps / 255, args.alpha / 255
+    model = WideResNet(
+        args.depth, args.width, num_classes=len(data.classes), dropout=args.dropout, mean=data.mean, std=data.std
+    )
+    common.place(model, args)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
+    run = Run(args, model, optimizer, data)
+    eps, steps = args.eps / 255, data.steps(args.batch_size)
     for epoch in range(run.epoch, args.epochs):
         model.train()
-        for x, y in data.batches(epoch, args.batch_size, args.seed):
-            lr, momentum = common.cyclic(run.step / run.total_steps, args.lr_max, args.momentum_cycle)
+        for i, (x, y) in enumerate(data.batches(epoch, args.batch_size, args.seed)):
+            progress = (epoch * steps + i) / (args.epochs * steps)
+            lr, momentum = common.cyclic(progress, args.lr_max, args.momentum_cycle)
             optimizer.param_groups[0].update(lr=lr / args.outer, momentum=momentum)
             optimizer.zero_grad()
             with common.autocast(args):
-                loss, logits = yopo(model, x, y, eps, alpha, args.outer, args.inner)
+                loss, logits = yopo(model, x, y, eps, args.alpha * eps, args.outer, args.inner)
             optimizer.step()
             run.log(loss, logits, y)
         run.end_epoch()

@@ -8,7 +8,8 @@ Names: "0" the input, "conv1" the stem convolution, "conv2", "conv3", "conv4" th
 group. Normalisation is the first thing inside the network, so everything outside is in [0, 1].
 """
 
-import warnings
+import textwrap
+import zipfile
 from pathlib import Path
 
 import torch
@@ -54,14 +55,8 @@ class WideResNet(nn.Module):
             raise ValueError(f"depth {depth} is not 6n + 4 with n >= 1: 10, 16, 22, 28, 34, 40, ...")
         n = (depth - 4) // 6
         # What load_model needs to build the same network again.
-        self.arguments = {
-            "depth": depth,
-            "width": width,
-            "num_classes": num_classes,
-            "dropout": dropout,
-            "mean": list(mean),
-            "std": list(std),
-        }
+        self.arguments = dict(depth=depth, width=width, num_classes=num_classes, dropout=dropout)
+        self.arguments |= dict(mean=list(mean), std=list(std))
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         channels = [16, 16 * width, 32 * width, 64 * width]
@@ -79,6 +74,7 @@ class WideResNet(nn.Module):
 
     def compile(self, *args, **kwargs):
         """torch.compile each group in place: compiled whole, the network returns an h that is off the graph."""
+        torch._dynamo.config.recompile_limit = 64  # the groups share it: modes, gradients, batch sizes of each
         for group in (self.conv2, self.conv3, self.conv4):
             group.compile(*args, **kwargs)
 
@@ -118,7 +114,7 @@ def dropout(x, p):
     """
     if p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    dropped = round(p * 2**16)
+    dropped = min(round(p * 2**16), 2**16 - 1)
     scale = 1 / (1 - dropped / 2**16)
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     keep = words.view(torch.int16)[: x.numel()].ge_(dropped - 2**15)  # 0 or 1, in place: ten times as fast as to bool
@@ -129,17 +125,18 @@ def dropout(x, p):
     return x * keep.as_strided(x.size(), x.stride())
 
 
-def load_file(path):
-    """The dictionary in a file written by torch.save, on the CPU. weights_only: the file cannot run code.
+def layout(device):
+    """channels_last, but contiguous on MPS, whose BatchNorm gradients it has made wrong (pytorch/pytorch#175189)."""
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
-    ValueError in one line if the file is missing or damaged.
-    """
+
+def load_file(path):
+    """The dictionary in a file written by torch.save, on the CPU; ValueError in one line if missing or damaged."""
     if not Path(path).is_file():
         raise ValueError(f"no file {path}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign pickles, which are refused anyway
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = zipfile.ZipFile(path).testzip()  # compares the checksums, which torch does not
+        content = damaged or torch.load(path, map_location="cpu", weights_only=True)  # and cannot run code
     except Exception:  # pickle, zip and torch each raise their own for a damaged file
         content = None
     if not isinstance(content, dict):
@@ -148,20 +145,19 @@ def load_file(path):
 
 
 def load_model(path, device="cpu"):
-    """The network of a run in eval mode, channels_last. path: a run folder (its model.pt), or one of its .pt files.
-
-    ValueError in one line if the file is missing, damaged or does not fit.
-    """
+    """The network of a run folder (its model.pt) or one of its .pt files, in eval mode; ValueError as load_file."""
     path = Path(path)
     if path.is_dir():
         if not (path / "model.pt").exists() and (path / "checkpoint.pt").exists():
             raise ValueError(f"{path} is not finished: name {path / 'checkpoint.pt'} to load it as it stands")
         path = path / "model.pt"
     content = load_file(path)
+    arguments, weights = content.get("arguments"), content.get("state_dict")
     try:
-        model = WideResNet(**content["arguments"])
-        model.load_state_dict(content["state_dict"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} does not hold the weights of a WideResNet ({reason})") from None
-    return model.to(device, memory_format=torch.channels_last).eval()
+        if not isinstance(arguments, dict) or not isinstance(weights, dict):
+            raise ValueError("no arguments or no state_dict")
+        model = WideResNet(**arguments)
+        model.load_state_dict(weights)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold a WideResNet: {textwrap.shorten(str(error), 200)}") from None
+    return model.to(device, memory_format=layout(device)).eval()

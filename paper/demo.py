@@ -1,13 +1,20 @@
 """Catastrophic overfitting in half a minute: two networks that ship with the project, attacked on embedded images.
 
     python -m paper.demo
+    python -m paper.demo runs/demo        a picture of what `eval_attacks.py runs/demo --save-adv runs/demo/adv.npz` found
 
 Both were trained on the complete CIFAR-10 at eps 16/255, as results/RESULTS.md says. No download, no GPU.
 """
 
 import json
+import sys
 import time
 from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.utils import save_image
 
 import common
 from eval_attacks import fgsm, percent, pgd, predict
@@ -18,7 +25,27 @@ DATA = Path(__file__).parent.parent / "data/cifar10_tiny.npz"
 N, EPS = 100, 16
 
 
+def picture(run):
+    """RUN/examples.png, a column for each broken image: clean, perturbation (smoothed, scaled), adversarial."""
+    with np.load(run / "adv.npz", allow_pickle=False) as file:
+        x_adv, y, broken = torch.from_numpy(file["x"]).permute(0, 3, 1, 2), file["y"], file["adversarial"]
+    arrays, classes = common.load_arrays(str(DATA), None)
+    x, model = common.Data("", classes, arrays, "cpu").test(len(y))[0], load_model(run)
+    shown = (broken & (predict(model, x).numpy() == y)).nonzero()[0][:10]
+    x, x_adv = x[shown], x_adv[shown]
+    change = F.avg_pool2d((x_adv - x).mean(1, keepdim=True), 3, stride=1, padding=1)
+    change = change / change.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-9)
+    red_blue = torch.cat([1 - (-change).clamp(min=0), 1 - change.abs(), 1 - change.clamp(min=0)], 1)
+    rows = F.interpolate(torch.cat([x, red_blue, x_adv]), scale_factor=4, mode="bicubic").clamp(0, 1)
+    save_image(rows, run / "examples.png", nrow=max(len(shown), 1), padding=6, pad_value=1.0)
+    print(f"\n{run}/examples.png: clean; perturbation (red is brighter, blue is darker); adversarial")
+    for column, (label, guess) in enumerate(zip(y[shown], predict(model, x_adv).tolist()), 1):
+        print(f"  column {column:>2}: {classes[label]} is taken for {classes[guess]}")
+
+
 def main():
+    if len(sys.argv) > 1:
+        return picture(Path(sys.argv[1]))
     start = time.perf_counter()
     arrays, classes = common.load_arrays(str(DATA), None)
     x, y = common.Data("", classes, arrays, "cpu").test(N)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from common import load_test_data
+from eval_attacks import load_test_data
 from paper.results import (
     CONFIG,
     NUMBER,

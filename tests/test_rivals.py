@@ -198,21 +198,6 @@ def test_fgsm_ga_without_any_gradient_is_no_penalty():
     assert penalty == 1 and model.fc.weight.grad.abs().max() == 0
 
 
-def test_fgsm_ga_goes_through_bfloat16_and_dropout(tiny):
-    x, y = tiny.train(64)  # of fewer images the weight gradients are small differences: bfloat16 hides them
-    grads = []
-    for enabled in (False, True):
-        torch.manual_seed(1)
-        model = WideResNet(10, 1, dropout=0.3, mean=tiny.mean, std=tiny.std).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            _, penalty = train_fgsm_ga.fgsm_ga(model, x, y, EPS, EPS)
-        penalty.backward()
-        grads.append(model.conv1.weight.grad.flatten())
-        assert 0 < penalty < 2 and grads[-1].isfinite().all()
-    similarity = F.cosine_similarity(*grads, dim=0)
-    assert similarity > 0.9
-
-
 def test_free_steps_stay_in_ball_and_box(smooth):
     _, x, _ = smooth
     gradient = torch.randn_like(x)
@@ -227,7 +212,7 @@ def test_free_training_is_the_obvious_loop(cli, tmp_path, tiny):
     flags = f"{SMALL} --limit-train 96 --epochs 1 --replays 3 --precision fp32 --dropout 0 --out {tmp_path / 'run'}"
     assert cli(train_free, flags)[0] == 0
     state = load_file(tmp_path / "run/checkpoint.pt")
-    assert state["step"] == 9
+    assert state["rows"][0]["step"] == 9
 
     torch.manual_seed(0)
     model = WideResNet(10, 1, 10, 0.0, tiny.mean, tiny.std).train()
@@ -309,11 +294,10 @@ def test_yopo_takes_one_step_on_the_sum_with_lr_over_m(cli, tmp_path, monkeypatc
         assert lr == pytest.approx(common.cyclic(i / 4, 0.2)[0] / 4) and torch.equal(gradient, expected)
 
 
-@pytest.mark.parametrize(("eps", "expected"), [(8, 0.2), (16, 2.0), (4, 0.063), (11, 0.632), (2, 0.063), (40, 2.0)])
-def test_gradaligns_lambda_follows_eps(monkeypatch, capsys, eps, expected):
-    monkeypatch.setattr("sys.argv", ["train_fgsm_ga.py", "--eps", str(eps)])
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("4", 0.0632), ("8", 0.2), ("12", 0.632), ("16", 2.0), ("16 --ga-lambda 1", 1)]
+)
+def test_gradaligns_lambda_follows_eps(monkeypatch, flags, expected):
+    monkeypatch.setattr("sys.argv", ["train_fgsm_ga.py", "--eps", *flags.split()])
     args = train_fgsm_ga.parse_args()
-    assert args.ga_lambda == expected and "ga_lambda" not in args.not_default
-    assert f"--ga-lambda {expected:g}, the value for eps" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["train_fgsm_ga.py", "--eps", str(eps), "--ga-lambda", "1"])
-    assert train_fgsm_ga.parse_args().ga_lambda == 1
+    assert args.ga_lambda == pytest.approx(expected, rel=1e-3) and ("ga_lambda" in args.not_default) == ("--" in flags)

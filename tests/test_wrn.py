@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wrn import LAYERS, WideResNet, dropout, load_model
+import common
+from wrn import LAYERS, WideResNet, dropout, layout, load_model
 
 
 def test_wrn_28_10_has_the_papers_size():
@@ -79,6 +80,7 @@ def test_dropout_is_torchs_dropout_in_distribution(dtype):
         assert torch.equal(gradient, out)
     assert dropout(x, 0.3).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(dropout(x, 0.0), x)
+    assert (dropout(x, 0.999999) == 0).double().mean() > 0.99
 
 
 def test_dropout_is_off_in_eval_mode_and_independent_between_passes():
@@ -95,3 +97,11 @@ def test_load_model_gives_back_the_network(tmp_path):
     x = torch.rand(2, 3, 8, 8)
     for path in (tmp_path, tmp_path / "model.pt"):
         torch.testing.assert_close(load_model(path)(x), model(x))
+
+
+def test_mps_has_no_channels_last(monkeypatch):
+    assert layout("mps") == torch.contiguous_format and layout("cuda:1") == layout("cpu") == torch.channels_last
+    images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    assert common.to_float(images).is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(common, "layout", lambda _: layout("mps"))
+    assert common.to_float(images).is_contiguous()

@@ -1,7 +1,7 @@
 """Catastrophic overfitting in half a minute: two networks that ship with the project, attacked on embedded images.
 
     python -m paper.demo
-    python -m paper.demo runs/demo        a picture of what `eval_attacks.py runs/demo --save-adv runs/demo/adv.npz` found
+    python -m paper.demo runs/demo        draws what eval_attacks.py --save-adv runs/demo/adv.npz found
 
 Both were trained on the complete CIFAR-10 at eps 16/255, as results/RESULTS.md says. No download, no GPU.
 """
@@ -72,8 +72,7 @@ def main():
     print(f"""
 The FGSM network withstands FGSM, the single step that it was trained on. Under
 PGD, 50 small steps from 10 random starts, nothing is left of its robustness:
-catastrophic overfitting. SLAT's network does not collapse, for the same cost of
-training.
+catastrophic overfitting. SLAT's does not collapse, for the same cost of training.
 ({common.clock(time.perf_counter() - start)} on this machine)""")
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 import eval_attacks
 from conftest import SCRIPTS
-from paper import bench, figures, results, sweep
+from paper import bench, figures, sweep
+from paper.results import PAPER
 
 DOCS = [Path("README.md"), Path("data/README.md"), Path("results/RESULTS.md"), *sorted(Path("docs").glob("*.md"))]
 PAGES = [*DOCS, Path("results/DIARY.md")]
@@ -108,7 +109,7 @@ def test_accuracies_in_the_text_are_what_was_measured(page):
     results = {path.stem: figures.read_json(path) for path in Path("results/cpu").glob("*.json")}
     setups = {name[:-1] for name in results}  # without the seed
     known = {cell(r for name, r in results.items() if key in (name, name[:-1])) for key in setups.union(results)}
-    known |= {" / ".join(f"{value:.1f}" for value in values if value is not None) for values in results.PAPER.values()}
+    known |= {" / ".join(f"{value:.1f}" for value in values if value is not None) for values in PAPER.values()}
     known |= {text.rpartition(" / ")[0] for text in known}
     for path in Path("results/cpu/runs").glob("*/metrics.jsonl"):
         for line in map(json.loads, path.read_text().splitlines()):

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import datetime
 import io
-import json
 import math
 import os
 import platform
@@ -284,29 +283,6 @@ def load_data(args):
     if len(data.train_x) < args.batch_size:
         fail(f"{len(data.train_x)} training images do not fill one batch of {args.batch_size}: lower --batch-size")
     return data
-
-
-def load_test_data(args, num_classes):
-    """The data set that eval_attacks.py's flags name: by default the one that the run was trained on."""
-    args.dataset = args.dataset or training_of(args.run).get("dataset")
-    if args.dataset is None:
-        fail(f"no config.json beside {args.run} names a data set: give --dataset")
-    arrays, classes = load_arrays(args.dataset, args.data_dir)
-    if arrays["test_y"].max() >= num_classes:
-        fail(f"{args.dataset} has {len(classes)} classes and the network {num_classes}")
-    return Data(args.dataset, classes, {k: arrays[k] for k in ("test_x", "test_y")}, args.device)
-
-
-def training_of(run):
-    """What a run folder, or that of a file in it, says of the training: config, seconds, last epoch; {} if nothing."""
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    try:
-        config = dict(json.loads((folder / "config.json").read_text()))
-        metrics = folder / "metrics.jsonl"
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-        return {**config, "seconds": sum(row["seconds"] for row in rows), "last_epoch": rows[-1] if rows else None}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def cyclic(progress, lr_max, momentum_cycle=True):

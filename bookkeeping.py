@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import common
 from common import clock, fail, first_line, write_text, write_torch
-from eval_attacks import percent, pgd, predict
+from eval_attacks import ContractError, percent, pgd, predict
 from wrn import load_file
 
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "best.pt")
@@ -137,7 +137,10 @@ class Run:
         ):
             for split, images in (("test", self.data.test), ("train", self.data.train)):
                 x, y = images(self.args.monitor)
-                found = monitor(self.model, x, y, self.args.eps / 255, self.args.batch_size)
+                try:
+                    found = monitor(self.model, x, y, self.args.eps / 255, self.args.batch_size)
+                except ContractError as error:  # logits or gradients overflow
+                    fail(f"epoch {self.epoch} is saved but cannot be measured ({error}): try a lower --lr-max", 1)
                 row |= {f"{split}_{name}": value for name, value in found.items()}
         row["alignment"] = row.pop("test_alignment")
         row["monitor_seconds"] = time.perf_counter() - start

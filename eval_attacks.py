@@ -442,6 +442,8 @@ def parse_args():
         parser.error("give either a run or --model FILE:FUNCTION")
     if args.model and ":" not in args.model:
         parser.error(f"argument --model: {args.model!r} is not FILE:FUNCTION, such as my_net.py:make_model")
+    if args.model and not args.dataset:
+        parser.error("--model needs --dataset: cifar10, cifar100 or an .npz")
     if args.weights and not args.model:
         parser.error("--weights needs --model")
     for name in args.attack.split(","):
@@ -452,8 +454,6 @@ def parse_args():
             parser.error(f"cannot write {file}: it is a folder, or there is no folder {file.absolute().parent}")
     training = training_of(args.run) if args.run else {}
     args.dataset = args.dataset or training.get("dataset")
-    if args.dataset is None:
-        parser.error("give --dataset: cifar10, cifar100 or an .npz")
     args.eps = training.get("eps", 8.0) if args.eps is None else args.eps
     if 0 < args.eps < 1:
         print(f"note: --eps {args.eps:g} is in units of 1/255", file=sys.stderr)
@@ -479,6 +479,8 @@ def load_test_data(args, num_classes):
     """The test images of the data set that args.dataset and args.data_dir name, on args.device."""
     from common import Data, load_arrays
 
+    if args.dataset is None:
+        raise ContractError(f"no config.json next to {args.run} names a data set: give --dataset")
     arrays, classes = load_arrays(args.dataset, args.data_dir, ("test",))
     if arrays["test_y"].max() >= num_classes:
         raise ContractError(f"{args.dataset} has {len(classes)} classes and the network {num_classes}")

@@ -510,7 +510,7 @@ def test_an_npz_of_test_images_is_enough(cli, run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("nowhere --dataset x", "no file nowhere"),
+        ("nowhere", "no file nowhere"),
         ("{run} --attack cw", "'cw' is not one of apgd-ce, apgd-t, fab-t, square"),
         ("{run} --eps 300", "--eps"),
         ("{run} --eps nan", "--eps"),
@@ -525,7 +525,7 @@ def test_an_npz_of_test_images_is_enough(cli, run, tmp_path):
         ("", "run"),
         ("--model x.py:f --dataset x", "there is no file 'x.py'"),
         ("--model make_model --dataset x", "'make_model' is not FILE:FUNCTION, such as my_net.py:make_model"),
-        ("--model README.md:f", "give --dataset"),
+        ("--model README.md:f", "--model needs --dataset"),
         ("runs/x --model x.py:f", "give either a run or --model"),
         ("runs/x --weights w.pt", "--weights needs --model"),
         ("{net}_none", "make_model_none() is not in"),

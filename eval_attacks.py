@@ -317,10 +317,9 @@ def run(
                             if hit.any():
                                 hit &= is_adversarial(model, b.x, point, b.y, eps, batch_size)
                                 unbroken, robust[images[hit]], x_adv[images[hit]] = unbroken & ~hit, False, point[hit]
+                            done = min((k + (i + 1) / length) * batch_size / len(left), 1)  # share of this trial
                             if report:
-                                report(
-                                    (trial + min((k + (i + 1) / length) * batch_size / len(left), 1)) / trials, robust
-                                )
+                                report((trial + done) / trials, robust)
                             if not unbroken.any():
                                 break
                 x_adv[images[unbroken]] = strongest.clamp(b.low, b.high)[unbroken]

@@ -133,8 +133,7 @@ def evaluation_faults(run, kills, folder, seed=0):
     while total < kills:
         here = folder / f"eval{runs}"
         here.mkdir()
-        flags = f"{run} --attack fgsm,pgd,apgd-ce --steps 10 --restarts 4 --n 60 --batch-size 30 --eps 1 --seed {runs}"
-        flags += " --search-precision bf16"
+        flags = f"{run} --attack fgsm,pgd,apgd-ce --steps 3 --restarts 1 --n 10 --eps 1 --seed {runs}"
         # With a state as the others, so that it takes as long.
         state = f"--state {here / 'whole.state'}"
         longest = whole_run(

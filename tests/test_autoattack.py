@@ -274,11 +274,11 @@ def test_every_survivor_is_attacked_in_full(trained, precision, lengths):
 
 
 def test_bf16_search_and_float32_search_agree(trained):
-    model, x, y = trained
+    model, x, y = trained[0], *(v[:20] for v in trained[1:])
     for name in AUTOATTACK:
         robust, x_adv = ATTACKS[name](model, x, y, EPS, precision="bf16", **SHORT[name])
         assert torch.equal(is_adversarial(model, x, x_adv, y, EPS), ~robust)
-        assert abs(int(robust.sum() - ATTACKS[name](model, x, y, EPS, **SHORT[name])[0].sum())) <= 2
+        assert abs(int(robust.sum() - ATTACKS[name](model, x, y, EPS, **SHORT[name])[0].sum())) <= 1
 
 
 def test_autoattack_is_its_four_attacks_in_turn(trained, monkeypatch):

@@ -5,9 +5,6 @@ PY = .venv/bin/python
 
 .PHONY: demo test clean
 
-# On a busy machine OpenMP's threads otherwise spin while they wait for each other.
-demo test: export OMP_WAIT_POLICY = PASSIVE
-
 demo: .venv/run
 	@$(PY) -m paper.demo
 	@echo; echo "Now SLAT, live: a small network, 2,000 images, eps 8/255, for about a minute."; echo

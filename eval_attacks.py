@@ -451,9 +451,9 @@ def parse_args():
     for file in map(Path, filter(None, (args.json, args.save_adv, args.state))):
         if file.is_dir() or not file.absolute().parent.is_dir():
             parser.error(f"cannot write {file}: it is a folder, or there is no folder {file.absolute().parent}")
-    training = training_of(args.run) if args.run else {}
-    args.dataset = args.dataset or training.get("dataset")
-    args.eps = training.get("eps", 8.0) if args.eps is None else args.eps
+    args.training = training_of(args.run) if args.run else {}
+    args.dataset = args.dataset or args.training.get("dataset")
+    args.eps = args.training.get("eps", 8.0) if args.eps is None else args.eps
     if 0 < args.eps < 1:
         print(f"note: --eps {args.eps:g} is in units of 1/255", file=sys.stderr)
     args.device = common.find_device(args.device)
@@ -602,6 +602,8 @@ def evaluate(args):
 
     def attack(label, name, before=()):
         """Run an attack, unless the state has its result: (unbroken images, adversarial images), as `before` is."""
+        if label in masks:
+            return masks[label], x_adv
         line, start = common.StatusLine(), time.perf_counter()
 
         def report(share, robust):
@@ -610,16 +612,15 @@ def evaluate(args):
                     left = common.clock((time.perf_counter() - start) * (1 - share) / share)
                     line.show(f"{label}: {int(robust.sum()):,} of {len(robust):,} unbroken, at most {left} left")
 
-        if label not in masks:
-            own = options | (of_pgd if name == "pgd" else {})
-            robust, found = ATTACKS[name](model, x, y, eps, before=before, report=report, **own)
-            new = torch.stack([~robust, *masks.values()]).all(0)
-            x_adv[new], masks[label], seconds[label] = found[new], robust, time.perf_counter() - start
-            if args.state:
-                common.write_torch(args.state, state)
-            with open_pipe():
-                line.clear()
-        return masks[label], x_adv
+        own = options | (of_pgd if name == "pgd" else {})
+        robust, found = ATTACKS[name](model, x, y, eps, before=before, report=report, **own)
+        new = torch.stack([~robust, *masks.values()]).all(0)
+        x_adv[new], masks[label], seconds[label] = found[new], robust, time.perf_counter() - start
+        if args.state:
+            common.write_torch(args.state, state)
+        with open_pipe():
+            line.clear()
+        return robust, x_adv
 
     labels, parts = [], {}
     for name in dict.fromkeys(args.attack.split(",")):
@@ -639,14 +640,14 @@ def evaluate(args):
                 "the gradients may be masked, and the robust accuracy too high"
             )
     robust = torch.stack([masks[label] for label in ["clean", *labels]]).all(0)
-    result = {"clean": percent(masks["clean"]), "robust": percent(robust)}
-    result["attacks"] = {label: percent(masks[label]) for label in labels}
-    result["autoattack_parts"] = {part: percent(mask) for part, mask in parts.items()}
     if args.json:
+        result = {"clean": percent(masks["clean"]), "robust": percent(robust)}
+        result["attacks"] = {label: percent(masks[label]) for label in labels}
+        result["autoattack_parts"] = {part: percent(mask) for part, mask in parts.items()}
         result |= {"n": len(y), "eps": args.eps, "seconds": sum(seconds[label] for label in ["clean", *labels])}
         result |= {"seconds_per_attack": {label: seconds[label] for label in labels}, "warnings": warnings}
         result |= {"search_precision": args.search_precision, "dataset": data.name, "seed": args.seed}
-        result |= {**common.versions(args.device), "training": training_of(args.run) if args.run else None}
+        result |= {**common.versions(args.device), "training": args.training if args.run else None}
         common.write_text(args.json, json.dumps(result, indent=1) + "\n")
     if args.save_adv:
         import numpy as np

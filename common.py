@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from wrn import layout
+from wrn import FileError, layout
 
 CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
@@ -285,6 +285,12 @@ def load_data(args):
     return data
 
 
+def load_test_data(name, data_dir, device):
+    """The test images of a data set, as load_arrays names it, on a device."""
+    arrays, classes = load_arrays(name, data_dir, ("test",))
+    return Data(name, classes, arrays, device)
+
+
 def cyclic(progress, lr_max, momentum_cycle=True):
     """(learning rate, momentum) when a share `progress`, 0 to 1, of all steps is done.
 
@@ -356,6 +362,8 @@ def launch(main):
     """Run main(); what a user can cause ends in one line, not in a traceback."""
     try:
         main()
+    except FileError as error:
+        fail(error)
     except OSError as error:
         fail(f"{error.strerror or error}: {error.filename}" if error.filename else error)
     except torch.OutOfMemoryError:

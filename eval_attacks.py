@@ -10,17 +10,14 @@ Copy this file, or all of it above "command line", which needs torch alone:
 
 x: images (N, C, H, W) in [0, 1], float32 or float64; y: (N,) class indices. The network, in eval mode, maps B images to
 float logits (B, classes), each image's the same in any batch. What breaks this contract is a ContractError, never a
-number. Threat model: |x_adv - x| <= eps and 0 <= x_adv <= 1. An image is broken if the network misclassifies it as it
-is, or once a point within both bounds is found that it misclassifies in float32.
-
-Each attack is the loop of its paper's algorithm, a generator that `run` drives; `run` has the options of all attacks.
+number. An image is broken if the network misclassifies it as it is, or once a point within eps of it and within [0, 1]
+is found that the network misclassifies in float32. `run` has the options that all attacks share.
 """
 
 import collections
 import contextlib
 import functools
 import math
-import numbers
 import signal
 from types import SimpleNamespace
 
@@ -32,7 +29,6 @@ import torch.nn.functional as F
 
 BATCH_SIZE = collections.defaultdict(lambda: 250, cpu=64)  # images in one pass; on a CPU, as many as fit its caches
 ROUNDING = 5e-7  # |x_adv - x| <= eps rounds too: a few units in the last place of a float32 near 1
-AGAIN = 20  # after a search in bfloat16, 1 / AGAIN of its iterations are added in float32
 
 
 class ContractError(ValueError):
@@ -42,7 +38,7 @@ class ContractError(ValueError):
 @contextlib.contextmanager
 def exact(device):
     """Inside, float32 is float32: neither autocast nor TF32."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
     with contextlib.ExitStack() as undo, torch.autocast(device.type, enabled=False):
         try:
             undo.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
@@ -50,10 +46,13 @@ def exact(device):
             cudnn.allow_tf32 = False
             torch.set_float32_matmul_precision("highest")
         except RuntimeError:  # the program uses torch's newer switches, which do not mix with these
-            for switch in (cudnn.conv, matmul):
+            for switch in (cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul):
                 undo.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
                 switch.fp32_precision = "ieee"
         yield
+
+
+PRECISIONS = {None: contextlib.nullcontext, "fp32": exact, "bf16": lambda d: torch.autocast(d.type, torch.bfloat16)}
 
 
 def kind(value):
@@ -271,6 +270,8 @@ def noise(like, images, seed, trial, *shape):
     return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(like) * 2 - 1
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def run(
     model, x, y, eps, loop, steps, trials, targeted=False, batch_size=0, seed=0, precision=None, before=(), report=None
 ):
@@ -285,54 +286,45 @@ def run(
     loop(b, best, steps): the attack, a generator of (point to judge, its logits, strongest point so far). best: None,
     or the strongest point of the search in bfloat16. b: x, y, target, noise(*shape), bounds low and high of a point.
     """
-    with contextlib.ExitStack() as undo, torch.inference_mode(False), torch.no_grad():
-        x, y, logits = checked(model, x, y, eps, batch_size)
-        robust, x_adv = logits.argmax(1) == y, x.clone()
-        if before:
-            robust, x_adv = robust & before[0], before[1].clone()
-        ranking = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)  # y comes last
-        trials = min(trials, logits.shape[1] - 1) if targeted else trials
-        batch_size, device = batch_size or BATCH_SIZE[x.device.type], x.device
-        fp32, bf16 = functools.partial(exact, device), functools.partial(torch.autocast, device.type, torch.bfloat16)
-        searches = {None: [(contextlib.nullcontext, steps)], "fp32": [(fp32, steps)]}
-        searches["bf16"] = [(bf16, steps), (fp32, math.ceil(steps / AGAIN))]
-        for w in model.parameters() if isinstance(model, torch.nn.Module) else ():
-            undo.callback(w.requires_grad_, w.requires_grad)
-            w.requires_grad_(False)  # nothing is stored or computed for gradients of weights
-        # A tenth of a trial comes first, to sort out what breaks early; not where an attack came before.
-        for trial, part in [(0, 0.1)] * (not before) + [(trial, 1) for trial in range(trials)]:
-            left = robust.nonzero().flatten()
-            if not len(left):
-                break
-            for k, images in enumerate(left.split(batch_size)):
-                b = SimpleNamespace(x=x[images], y=y[images], target=ranking[images, trial] if targeted else None)
-                b.low, b.high, b.seed = (b.x - eps).clamp(0, 1), (b.x + eps).clamp(0, 1), seed + trial
-                b.noise = functools.partial(noise, b.x, images, seed, trial)
-                unbroken, strongest = torch.ones_like(images, dtype=torch.bool), None
-                for context, length in searches[precision]:
-                    with context():
-                        for i, found in zip(range(math.ceil(part * length)), loop(b, strongest, length)):
-                            point, logits, strongest = found
-                            hit = unbroken & (logits.argmax(1) != b.y)
-                            if hit.any():
-                                hit &= is_adversarial(model, b.x, point, b.y, eps, batch_size)
-                                unbroken, robust[images[hit]], x_adv[images[hit]] = unbroken & ~hit, False, point[hit]
+    x, y, logits = checked(model, x, y, eps, batch_size)
+    robust, x_adv, device = logits.argmax(1) == y, x.clone(), x.device
+    if before:
+        robust, x_adv = robust & before[0], before[1].clone()
+    ranking = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)  # y comes last
+    trials, batch_size = min(trials, logits.shape[1] - 1) if targeted else trials, batch_size or BATCH_SIZE[device.type]
+    searches = [(precision, steps)] + [("fp32", math.ceil(steps / 20))] * (precision == "bf16")
+    # A tenth of a trial comes first, to sort out what breaks early; not where an attack came before.
+    for trial, part in [(0, 0.1)] * (not before) + [(trial, 1) for trial in range(trials)]:
+        left = robust.nonzero().flatten()
+        for k, images in enumerate(left.split(batch_size) if len(left) else ()):
+            b = SimpleNamespace(x=x[images], y=y[images], target=ranking[images, trial] if targeted else None)
+            b.low, b.high, b.seed = (b.x - eps).clamp(0, 1), (b.x + eps).clamp(0, 1), seed + trial
+            b.noise = functools.partial(noise, b.x, images, seed, trial)
+            unbroken, best = torch.ones_like(images, dtype=torch.bool), None
+            for numbers, length in searches:
+                with PRECISIONS[numbers](device):
+                    for i, found in zip(range(math.ceil(part * length)), loop(b, best, length)):
+                        point, logits, best = found
+                        hit = unbroken & (logits.argmax(1) != b.y)
+                        if hit.any():
+                            hit &= is_adversarial(model, b.x, point, b.y, eps, batch_size)
+                            unbroken, robust[images[hit]], x_adv[images[hit]] = unbroken & ~hit, False, point[hit]
+                        if report:
                             done = min((k + (i + 1) / length) * batch_size / len(left), 1)  # share of this trial
-                            if report:
-                                report((trial + done) / trials, robust)
-                            if not unbroken.any():
-                                break
-                x_adv[images[unbroken]] = strongest.clamp(b.low, b.high)[unbroken]
-        return robust, x_adv
+                            report((trial + done) / trials, robust)
+                        if not unbroken.any():
+                            break
+            x_adv[images[unbroken]] = best.clamp(b.low, b.high)[unbroken]
+    return robust, x_adv
 
 
 def checked(model, x, y, eps, batch_size=0):
     """x and y as attacks want them and the clean logits, or a ContractError where a number would be wrong."""
-    if not (torch.is_tensor(x) and x.dtype in (torch.float32, torch.float64) and x.dim() == 4):
+    if not (torch.is_tensor(x) and x.dtype in (torch.float32, torch.float64) and x.dim() == 4 and len(x)):
         raise ContractError(f"x must be images (N, C, H, W) in float32 or float64, not {kind(x)}")
     if not ((x >= 0) & (x <= 1)).all():
         raise ContractError(f"x must lie in [0, 1], it goes from {x.min():g} to {x.max():g}")
-    if not (isinstance(eps, numbers.Real) and 0 <= eps <= 1):
+    if not 0 <= eps <= 1:
         raise ContractError(f"eps must be a number in [0, 1], such as 8 / 255, not {eps}")
     if not torch.is_tensor(y) or y.is_floating_point() or y.dtype == torch.bool or y.shape != x.shape[:1]:
         raise ContractError(f"y must be one class index for each of {len(x)} images, not {kind(y)}")
@@ -340,8 +332,6 @@ def checked(model, x, y, eps, batch_size=0):
         if module.training:
             raise ContractError(f"{name or 'the network'} is in train mode: call model.eval() first")
     x, y = x.detach().clone(memory_format=torch.contiguous_format), y.long().clone()
-    if not len(x):
-        return x, y, x.new_zeros(0, 2)
     few = torch.cat([x[:4], 1 - x[:4]])[: max(batch_size or 8, 2)]  # a single image has company too
     company, again, alone = (outputs(model, images, 8) for images in (few, few, few[:1]))
     # Where two equal passes differ the network is randomised, which is for check_network to say.
@@ -383,12 +373,10 @@ def check_network(model, x, y, eps, batch_size=0, count=250):
 import hashlib
 import io
 import json
-import os
 import re
 import runpy
 import sys
 import time
-import traceback
 from pathlib import Path
 
 AUTOATTACK = {"apgd-ce": apgd, "apgd-t": functools.partial(apgd, loss="dlr-targeted"), "fab-t": fab, "square": square}
@@ -415,11 +403,11 @@ def percent(right):
 def parse_args():
     import common
 
-    trust = "--model runs the Python file that it names, so name only one that you trust."
-    parser = common.Parser(description=__doc__.split("\n")[0], epilog=trust, formatter_class=common.Help)
-    add, number, names = parser.add_argument, common.number, ", ".join([*ATTACKS, "autoattack"])
-    add("run", nargs="?", help="run folder (its model.pt), or a model.pt, best.pt or checkpoint.pt")
-    add("--model", metavar="FILE:FUNCTION", help="instead of a run: my_net.py:make_model, which returns a network")
+    parser = common.Parser(description=__doc__.split("\n")[0], formatter_class=common.Help)
+    network, add = parser.add_mutually_exclusive_group(required=True).add_argument, parser.add_argument
+    number, names = common.number, ", ".join([*ATTACKS, "autoattack"])
+    network("run", nargs="?", help="run folder (its model.pt), or a model.pt, best.pt or checkpoint.pt")
+    network("--model", metavar="FILE:FUNCTION", help="my_net.py:make_model; the file is run: name one that you trust")
     add("--weights", metavar="FILE", help="for --model: a state_dict, or a checkpoint that holds one")
     add("--attack", default="pgd", help=f"separated by commas, each on all images that the network gets right: {names}")
     add("--eps", type=number(float, 0, 255), help="l-infinity radius, in 1/255 (default: the run's own, or 8)")
@@ -437,12 +425,6 @@ def parse_args():
     add("--json", metavar="FILE", help="write the numbers to this file")
     add("--save-adv", metavar="FILE", help="write all adversarial images to this file, an .npz")
     args = parser.parse_args()
-    if (args.run is None) == (args.model is None):
-        parser.error("give either a run or --model FILE:FUNCTION")
-    if args.model and ":" not in args.model:
-        parser.error(f"argument --model: {args.model!r} is not FILE:FUNCTION, such as my_net.py:make_model")
-    if args.model and not args.dataset:
-        parser.error("--model needs --dataset: cifar10, cifar100 or an .npz")
     if args.weights and not args.model:
         parser.error("--weights needs --model")
     for name in args.attack.split(","):
@@ -452,8 +434,10 @@ def parse_args():
         if file.is_dir() or not file.absolute().parent.is_dir():
             parser.error(f"cannot write {file}: it is a folder, or there is no folder {file.absolute().parent}")
     args.training = training_of(args.run) if args.run else {}
-    args.dataset = args.dataset or args.training.get("dataset")
     args.eps = args.training.get("eps", 8.0) if args.eps is None else args.eps
+    args.dataset = args.dataset or args.training.get("dataset")
+    if not args.dataset:
+        parser.error("give --dataset: cifar10, cifar100 or an .npz (no config.json of a run names one)")
     if 0 < args.eps < 1:
         print(f"note: --eps {args.eps:g} is in units of 1/255", file=sys.stderr)
     args.device = common.find_device(args.device)
@@ -461,7 +445,7 @@ def parse_args():
 
 
 def training_of(run):
-    """What a run folder, or that of a file in it, says of the training: config, seconds, last epoch; {} if nothing."""
+    """What the folder of a run says of its training: config, seconds, last epoch; {} if nothing."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     path, metrics = folder / "config.json", folder / "metrics.jsonl"
     if not path.exists():
@@ -474,71 +458,37 @@ def training_of(run):
         raise ContractError(f"{path} is damaged") from None
 
 
-def load_test_data(args, num_classes):
-    """The test images of the data set that args.dataset and args.data_dir name, on args.device."""
-    from common import Data, load_arrays
-
-    if args.dataset is None:
-        raise ContractError(f"no config.json next to {args.run} names a data set: give --dataset")
-    arrays, classes = load_arrays(args.dataset, args.data_dir, ("test",))
-    if arrays["test_y"].max() >= num_classes:
-        raise ContractError(f"{args.dataset} has {len(classes)} classes and the network {num_classes}")
-    return Data(args.dataset, classes, arrays, args.device)
-
-
-def readable(load, *args):
-    """load(*args), whose ValueErrors are about a file and so the caller's to mend."""
-    try:
-        return load(*args)
-    except ValueError as error:
-        raise ContractError(str(error)) from None
-
-
 def load_network(args):
     """The network that the flags name, in eval mode on its device."""
-    from wrn import load_model
+    import common
+    from wrn import load_file, load_model
 
     if args.run:
-        return readable(load_model, args.run, args.device)
+        return load_model(args.run, args.device).requires_grad_(False)  # less memory
     file, _, function = args.model.rpartition(":")
     if not Path(file).is_file():
-        raise ContractError(f"argument --model FILE:FUNCTION: there is no file {file!r}")
-    # What the file imports is looked for next to it first: its common.py, not ours, which is put back afterwards.
-    here = Path(__file__).absolute().parent
-    ours = {name: m for name, m in sys.modules.items() if Path(getattr(m, "__file__", None) or "/").parent == here}
-    for name in ours:
-        del sys.modules[name]
+        common.fail(f"--model {args.model}: there is no file {file!r}; it wants FILE:FUNCTION, my_net.py:make_model")
+    weights = args.weights and load_file(args.weights)
+    ours = {name: sys.modules.pop(name) for name in ("common", "wrn")}  # the file may import its own
     sys.path.insert(0, str(Path(file).absolute().parent))
     try:
         names = runpy.run_path(file)
-        model = names[function]() if function in names else None
-    except (OSError, ValueError):  # of the user's code, where one line would not do
-        sys.exit(traceback.format_exc())
+        if function not in names:
+            common.fail(f"--model {args.model}: there is no {function!r} in {file}")
+        model = names[function]()
+    except OSError as error:  # of the user's code, so not one line
+        raise RuntimeError(f"--model {args.model}") from error
     finally:
         sys.modules.update(ours)
-    if not isinstance(model, torch.nn.Module):
-        what = f"returned {kind(model)}, not an nn.Module" if function in names else f"is not in {file}"
-        raise ContractError(f"argument --model: {function}() {what}")
-    if args.weights:
-        load_weights(model, args.weights)
-    return model.float().to(args.device).eval()
+    if weights:
+        load_weights(model, weights, args.weights)
+    return model.float().to(args.device).eval().requires_grad_(False)
 
 
-def load_weights(model, path):
-    """A state_dict, by itself or in a checkpoint; DataParallel and torch.compile may have put more before its names."""
-    remedy = "save the weights by themselves, torch.save(model.state_dict(), FILE)"
-    if not Path(path).is_file():
-        raise ContractError(f"argument --weights: there is no file {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch each raise their own for a damaged file
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds {code[1]}, code that is not run" if code else "is damaged"
-        raise ContractError(f"{path} {what}: {remedy}") from None
+def load_weights(model, content, path):
+    """Of a state_dict or a checkpoint that holds one; DataParallel and torch.compile put prefixes before its names."""
     for key in ("state_dict", "model_state_dict", "model", "net"):
-        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
-    if not isinstance(content, dict):
-        raise ContractError(f"{path} holds {kind(content)}: {remedy}")
+        content = content[key] if isinstance(content.get(key), dict) else content
     if content.keys() != model.state_dict().keys():
         content = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value for name, value in content.items()}
     try:
@@ -551,75 +501,59 @@ def load_state(args, model, x, y):
     """What finished attacks left in the --state file, or the state of an evaluation that begins."""
     from wrn import load_file
 
-    digest = hashlib.sha256()
-    for tensor in (*filter(torch.is_tensor, model.state_dict().values()), x, y):
-        digest.update(tensor.cpu().flatten().contiguous().numpy().tobytes())
-    state = {"the network or the images": digest.hexdigest(), "masks": {}, "seconds": {}, "x_adv": x.clone()}
-    for flag in ("eps", "steps", "restarts", "step_size", "search_precision", "seed"):
-        state[f"--{flag.replace('_', '-')}"] = getattr(args, flag)
+    content = hashlib.sha256()
+    for tensor in filter(torch.is_tensor, (*model.state_dict().values(), x, y)):
+        content.update(tensor.cpu().flatten().contiguous().numpy().tobytes())
+    settings = {"network and images": content.hexdigest()[:8]}
+    settings |= {f: getattr(args, f) for f in ("eps", "steps", "restarts", "step_size", "search_precision", "seed")}
     if not args.state or not Path(args.state).exists():
-        return state
-    found, result = readable(load_file, args.state), {"masks", "seconds", "x_adv"}
-    if found.keys() != state.keys():
-        raise ContractError(f"{args.state} is not the state of an evaluation: delete it, or name another file")
-    for key in state.keys() - result:
-        if found[key] != state[key]:
-            change = f"was {found[key]} there and is {state[key]} now" if key[0] == "-" else "were different"
-            reason = f"{args.state} belongs to another evaluation ({key} {change})"
+        return {"settings": settings, "masks": {}, "seconds": {}, "x_adv": x.clone()}
+    state = load_file(args.state)
+    for key, value in settings.items():
+        before = state.get("settings", {}).get(key)
+        if before != value:
+            reason = f"{args.state} belongs to another evaluation ({key} was {before} there and is {value} now)"
             raise ContractError(f"{reason}: delete it, or name another file")
-    found["masks"] = {label: mask.to(x.device) for label, mask in found["masks"].items()}
-    return found | {"x_adv": found["x_adv"].to(x.device)}
-
-
-@contextlib.contextmanager
-def open_pipe():
-    """Inside, a reader of stdout that has gone away does not end the evaluation."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
+    masks = {label: mask.to(x.device) for label, mask in state["masks"].items()}
+    return state | {"masks": masks, "x_adv": state["x_adv"].to(x.device)}
 
 
 def evaluate(args):
     """Run the attacks that the flags name, write the files, print a table."""
     import common
 
-    model = load_network(args)
-    data = load_test_data(args, model.arguments["num_classes"] if args.run else math.inf)
+    model, eps = load_network(args), args.eps / 255
+    data = common.load_test_data(args.dataset, args.data_dir, args.device)
     x, y = data.test(args.n)
-    eps, state = args.eps / 255, load_state(args, model, x, y)
+    state = load_state(args, model, x, y)
     masks, seconds, x_adv = state["masks"], state["seconds"], state["x_adv"]
-    options = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.search_precision}
     of_pgd = {"steps": args.steps, "restarts": args.restarts, "step_size": args.step_size * eps}
-    with open_pipe():
-        print(f"network  {args.run or args.model}, {args.device}, search in {args.search_precision}, verdicts in fp32")
-        print(f"images   first {len(y):,} test images of {data.name}, eps {args.eps:g}/255")
+    options = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.search_precision}
+    print(f"network  {args.run or args.model}, {args.device}, search in {args.search_precision}, verdicts in fp32")
+    print(f"images   first {len(y):,} test images of {data.name}, eps {args.eps:g}/255")
     start = time.perf_counter()
     warnings = check_network(model, x, y, eps, args.batch_size)
     masks["clean"] = predict(model, x, args.batch_size) == y
     seconds["clean"] = time.perf_counter() - start
 
     def attack(label, name, before=()):
-        """Run an attack, unless the state has its result: (unbroken images, adversarial images), as `before` is."""
+        """(unbroken images, adversarial images), as `before` is; from the state, if the attack is finished there."""
         if label in masks:
             return masks[label], x_adv
         line, start = common.StatusLine(), time.perf_counter()
 
         def report(share, robust):
-            with open_pipe():
-                if line.due():
-                    left = common.clock((time.perf_counter() - start) * (1 - share) / share)
-                    line.show(f"{label}: {int(robust.sum()):,} of {len(robust):,} unbroken, at most {left} left")
+            if line.due():
+                left = common.clock((time.perf_counter() - start) * (1 - share) / share)
+                line.show(f"{label}: {int(robust.sum()):,} of {len(robust):,} unbroken, at most {left} left")
 
-        own = options | (of_pgd if name == "pgd" else {})
-        robust, found = ATTACKS[name](model, x, y, eps, before=before, report=report, **own)
+        own = of_pgd if name == "pgd" else {}
+        robust, found = ATTACKS[name](model, x, y, eps, before=before, report=report, **options, **own)
         new = torch.stack([~robust, *masks.values()]).all(0)
         x_adv[new], masks[label], seconds[label] = found[new], robust, time.perf_counter() - start
         if args.state:
             common.write_torch(args.state, state)
-        with open_pipe():
-            line.clear()
+        line.clear()
         return robust, x_adv
 
     labels, parts = [], {}
@@ -635,19 +569,18 @@ def evaluate(args):
         masks[name], seconds[name] = found[0], sum(seconds[f"autoattack {part}"] for part in parts)
         more = int((parts["fab-t"] & ~parts["square"]).sum())
         if more > 0.002 * len(y):  # AutoAttack's threshold: one image in a thousand is chance
-            warnings.append(
-                f"Square, which uses no gradients, broke {more} of {len(y)} images that the other attacks could not: "
-                "the gradients may be masked, and the robust accuracy too high"
-            )
-    robust = torch.stack([masks[label] for label in ["clean", *labels]]).all(0)
+            broke = f"Square, which uses no gradients, broke {more} of {len(y)} images that the other attacks could not"
+            warnings.append(f"{broke}: the gradients may be masked, and the robust accuracy too high")
+    parts = {part: percent(mask) for part, mask in parts.items()}
+    accuracy = {label: percent(masks[label]) for label in ["clean", *labels]}
+    robust = percent(torch.stack([masks[label] for label in accuracy]).all(0))
     if args.json:
-        result = {"clean": percent(masks["clean"]), "robust": percent(robust)}
-        result["attacks"] = {label: percent(masks[label]) for label in labels}
-        result["autoattack_parts"] = {part: percent(mask) for part, mask in parts.items()}
-        result |= {"n": len(y), "eps": args.eps, "seconds": sum(seconds[label] for label in ["clean", *labels])}
-        result |= {"seconds_per_attack": {label: seconds[label] for label in labels}, "warnings": warnings}
-        result |= {"search_precision": args.search_precision, "dataset": data.name, "seed": args.seed}
-        result |= {**common.versions(args.device), "training": args.training if args.run else None}
+        result = {"clean": accuracy["clean"], "robust": robust, "attacks": {label: accuracy[label] for label in labels}}
+        result |= {"autoattack_parts": parts, "n": len(y), "eps": args.eps, "warnings": warnings}
+        result |= {"seconds": sum(seconds[label] for label in accuracy), "dataset": data.name, "seed": args.seed}
+        result |= {"seconds_per_attack": {label: seconds[label] for label in labels}}
+        result |= {"search_precision": args.search_precision, **common.versions(args.device)}
+        result["training"] = args.training if args.run else None
         common.write_text(args.json, json.dumps(result, indent=1) + "\n")
     if args.save_adv:
         import numpy as np
@@ -656,16 +589,15 @@ def evaluate(args):
         arrays, file = {"x": x_adv.permute(0, 2, 3, 1), "y": y, "adversarial": verdict}, io.BytesIO()
         np.savez_compressed(file, **{key: value.cpu().numpy() for key, value in arrays.items()}, eps=args.eps)
         common.write_file(args.save_adv, file.getbuffer())
-    with open_pipe():
-        print(f"\n{'attack':<16}{'accuracy %':>10}{'seconds':>10}")
-        for label in ["clean", *labels]:
-            print(f"{label:<16}{percent(masks[label]):>10.2f}{seconds[label]:>10.1f}")
-        if parts:
-            print("autoattack after " + ", ".join(f"{part} {percent(mask):.2f}" for part, mask in parts.items()))
-        if len(labels) > 1:
-            print(f"{'all together':<16}{percent(robust):>10.2f}")
-        for warning in warnings:
-            print(f"warning: {warning}")
+    print(f"\n{'attack':<16}{'accuracy %':>10}{'seconds':>10}")
+    for label, value in accuracy.items():
+        print(f"{label:<16}{value:>10.2f}{seconds[label]:>10.1f}")
+    if parts:
+        print("autoattack after " + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()))
+    if len(labels) > 1:
+        print(f"{'all together':<16}{robust:>10.2f}")
+    for warning in warnings:
+        print(f"warning: {warning}")
 
 
 def main():
@@ -679,10 +611,6 @@ def main():
         common.fail(error)
     except KeyboardInterrupt:
         common.fail("interrupted" + f": the same command goes on from {args.state}" * bool(args.state), 130)
-    except RuntimeError as error:
-        if not re.search("out of memory|not enough memory|allocate memory", str(error)):
-            raise
-        common.fail("out of memory: give a smaller --batch-size", 1)
 
 
 if __name__ == "__main__":

@@ -130,17 +130,21 @@ def layout(device):
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
+class FileError(ValueError):
+    """A file is missing, damaged or another one than was wanted; the message, one line, names it."""
+
+
 def load_file(path):
     """The dictionary in a file written by torch.save, on the CPU; ValueError in one line if missing or damaged."""
     if not Path(path).is_file():
-        raise ValueError(f"no file {path}")
+        raise FileError(f"no file {path}")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # compares the checksums, which torch does not
         content = damaged or torch.load(path, map_location="cpu", weights_only=True)  # and cannot run code
     except Exception:  # pickle, zip and torch each raise their own for a damaged file
         content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged, or not a checkpoint of this project")
+        raise FileError(f"{path} is damaged, or not a checkpoint of this project")
     return content
 
 
@@ -149,7 +153,7 @@ def load_model(path, device="cpu"):
     path = Path(path)
     if path.is_dir():
         if not (path / "model.pt").exists() and (path / "checkpoint.pt").exists():
-            raise ValueError(f"{path} is not finished: name {path / 'checkpoint.pt'} to load it as it stands")
+            raise FileError(f"{path} is not finished: name {path / 'checkpoint.pt'} to load it as it stands")
         path = path / "model.pt"
     content = load_file(path)
     arguments, weights = content.get("arguments"), content.get("state_dict")
@@ -159,5 +163,5 @@ def load_model(path, device="cpu"):
         model = WideResNet(**arguments)
         model.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold a WideResNet: {textwrap.shorten(str(error), 200)}") from None
+        raise FileError(f"{path} does not hold a WideResNet: {textwrap.shorten(str(error), 200)}") from None
     return model.to(device, memory_format=layout(device)).eval()

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 
 import common
-from eval_attacks import load_test_data
 from paper.results import (
     CONFIG,
     NUMBER,
@@ -102,12 +101,10 @@ def networks(args):
     """Yield (label, style, network, x, y) for each run; x, y: the first n test images of its data set."""
     configs = [read_json(Path(run) / "config.json", CONFIG) for run in args.runs]
     for run, config, (label, style) in zip(args.runs, configs, legends(args.runs, configs)):
-        try:
-            model = load_model(run, args.device)
-        except ValueError as error:
-            common.fail(error)
-        flags = {"dataset": args.dataset or config["dataset"], "data_dir": args.data_dir, "device": args.device}
-        x, y = load_test_data(argparse.Namespace(**flags), model.arguments["num_classes"]).test(args.n)
+        model, dataset = load_model(run, args.device), args.dataset or config["dataset"]
+        x, y = common.load_test_data(dataset, args.data_dir, args.device).test(args.n)
+        if y.max() >= model.arguments["num_classes"]:
+            common.fail(f"{dataset} has more than the {model.arguments['num_classes']} classes of {run}")
         yield label, style, model.requires_grad_(False), x, y
 
 

@@ -15,7 +15,8 @@ import torch
 import torchattacks
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from eval_attacks import ATTACKS, AUTOATTACK, is_adversarial, load_test_data, predict
+from common import load_test_data
+from eval_attacks import ATTACKS, AUTOATTACK, is_adversarial, predict
 from wrn import load_model
 
 
@@ -38,8 +39,7 @@ def main():
     parser.add_argument("--eps", type=float, default=8)
     parser.add_argument("--who", default="bf16,fp32,theirs,theirs-channels-last")
     args = parser.parse_args()
-    args.device = "cpu"
-    x, y = load_test_data(args, 10).test(args.n)
+    x, y = load_test_data(args.dataset, args.data_dir, "cpu").test(args.n)
     x, eps, left, total = x.contiguous(), args.eps / 255, {}, {}
     for who in args.who.split(","):
         model = load_model(args.run)

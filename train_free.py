@@ -38,13 +38,12 @@ def main():
     args = parse_args()
     torch.manual_seed(args.seed)
     data = common.load_data(args)
-    model = WideResNet(
-        args.depth, args.width, num_classes=len(data.classes), dropout=args.dropout, mean=data.mean, std=data.std
-    )
+    of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)
+    model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
     common.place(model, args, attack_apart=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
     run = Run(args, model, optimizer, data, replays=args.replays)
-    eps, steps = args.eps / 255, data.steps(args.batch_size)
+    eps, steps = args.eps / 255, len(data.train_x) // args.batch_size
     delta = run.extra.get("delta", 0)
     for epoch in range(run.epoch, args.epochs):
         model.train()
@@ -54,7 +53,7 @@ def main():
                 lr, momentum = common.cyclic(progress, args.lr_max, args.momentum_cycle)
                 optimizer.param_groups[0].update(lr=lr, momentum=momentum)
                 x_adv = (x + delta).clamp(0, 1).requires_grad_()
-                with common.autocast(args):
+                with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                     logits = model(x_adv)
                     loss = F.cross_entropy(logits, y)
                 optimizer.zero_grad()

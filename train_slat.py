@@ -69,13 +69,12 @@ def main():
     args = parse_args()
     torch.manual_seed(args.seed)
     data = common.load_data(args)
-    model = WideResNet(
-        args.depth, args.width, num_classes=len(data.classes), dropout=args.dropout, mean=data.mean, std=data.std
-    )
+    of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)
+    model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
     common.place(model, args)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
     run = Run(args, model, optimizer, data)
-    eps, steps = args.eps / 255, data.steps(args.batch_size)
+    eps, steps = args.eps / 255, len(data.train_x) // args.batch_size
     eta, input_step = args.eta * eps, args.input_step * eps
     for epoch in range(run.epoch, args.epochs):
         model.train()
@@ -83,7 +82,7 @@ def main():
             progress = (epoch * steps + i) / (args.epochs * steps)
             lr, momentum = common.cyclic(progress, args.lr_max, args.momentum_cycle)
             optimizer.param_groups[0].update(lr=lr, momentum=momentum)
-            with common.autocast(args):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 x_adv, delta = slat(model, x, y, eps, args.layers, eta, input_step, args.latent_clamp, args.init)
                 logits = model(x_adv, delta=delta)
                 loss = F.cross_entropy(logits, y)

@@ -9,14 +9,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import common
-from common import clock, fail, write_text, write_torch
+from common import StatusLine, clock, fail, frozen, versions, write_text, write_torch
 from eval_attacks import ContractError, ascend, cross_entropy, percent, pgd, predict
 from wrn import load_file
 
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "best.pt")
-# Flags that may differ between a run and its resumption.
-FREE_FLAGS = ("device", "compile", "data_dir", "out", "not_default", "resume", "overwrite")
+FREE_FLAGS = ("device", "compile", "data_dir", "out", "not_default")  # may differ between a run and its resumption
 HEADER = "epoch   loss  train |  test clean  fgsm pgd10 |  train clean  fgsm pgd10    time"
 ROW = "{epoch:5} {loss:6.3f} {train_acc:6.1f} |  {test_clean:10.1f} {test_fgsm:5.1f} {test_pgd10:5.1f} |  "
 ROW += "{train_clean:11.1f} {train_fgsm:5.1f} {train_pgd10:5.1f}"
@@ -33,8 +31,7 @@ class Run:
     def __init__(self, args, model, optimizer, data, replays=1):
         self.args, self.model, self.optimizer, self.data = args, model, optimizer, data
         self.out, self.steps = Path(args.out), len(data.train_y) // args.batch_size * replays
-        self.epoch, self.rows, self.extra = 0, [], {}
-        self.line = common.StatusLine()
+        self.epoch, self.rows, self.extra, self.line = 0, [], {}, StatusLine()
         self._open_folder()
         if args.resume and (self.out / "checkpoint.pt").exists():  # there is none if it was killed in its first epoch
             self._load_checkpoint()
@@ -42,7 +39,7 @@ class Run:
         count, n, n_test = sum(p.numel() for p in model.parameters()), len(data.train_y), len(data.test_y)
         print(f"network  WRN-{args.depth}-{args.width}, {count / 1e6:.1f} M parameters, dropout {args.dropout}")
         print(f"data     {data.name}: {n:,} training, {n_test:,} test images, {len(data.classes)} classes")
-        print(f"device   {common.versions(args.device)['hardware']}, {args.precision}")
+        print(f"device   {versions(args.device)['hardware']}, {args.precision}")
         print(f"run      {self.out}: {args.epochs} epochs, {args.epochs * self.steps:,} steps, eps {args.eps:g}/255")
         print(f"resumed  after epoch {self.epoch} of {args.epochs}\n" * args.resume + HEADER, flush=True)
         if self.epoch:  # the kill may have come before its accuracies were measured
@@ -72,7 +69,7 @@ class Run:
             fail(f"{out} holds a run: --resume continues it, --overwrite replaces it, --out names another folder")
         for name in found:
             (out / name).unlink()
-        write_text(out / "config.json", json.dumps({**config, **common.versions(args.device)}, indent=1) + "\n")
+        write_text(out / "config.json", json.dumps({**config, **versions(args.device)}, indent=1) + "\n")
 
     def _begin_epoch(self):
         """Sums over the epoch's steps; they stay on the device, so that the host need not wait for it."""
@@ -101,8 +98,7 @@ class Run:
         row = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps, "lr": lr, "loss": loss}
         row |= {"train_acc": train_acc, "seconds": seconds, "images_per_second": self.seen / seconds}
         if not all(tensor.isfinite().all() for tensor in (self.loss, *self.model.state_dict().values())):
-            where = f"loss or weights are not finite in epoch {self.epoch + 1}"
-            fail(f"{where}: try a lower --lr-max; {self.out} keeps its last good checkpoint", 1)
+            fail(f"loss or weights not finite in epoch {self.epoch + 1}, which is not saved: try a lower --lr-max", 1)
         self.epoch += 1
         self.rows.append(row)
         rng = {"cpu": torch.get_rng_state(), "device": device_rng(self.args.device)}
@@ -118,20 +114,18 @@ class Run:
         self.model.eval()
         # Eager and without cudnn's trials: the attack's batches shrink, and each size would be compiled or tried anew.
         with (
-            common.frozen(self.model),
+            frozen(self.model),
             torch.autocast(self.data.test_x.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"),
             torch.compiler.set_stance("force_eager"),
             torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True),
         ):
             for split, images in (("test", self.data.test), ("train", self.data.train)):
-                x, y = images(self.args.monitor)
                 try:
-                    found = monitor(self.model, x, y, self.args.eps / 255, self.args.batch_size)
+                    found = monitor(self.model, *images(self.args.monitor), self.args.eps / 255, self.args.batch_size)
                 except ContractError as error:  # logits or gradients overflow
                     fail(f"epoch {self.epoch} is saved but cannot be measured ({error}): try a lower --lr-max", 1)
                 row |= {f"{split}_{name}": value for name, value in found.items()}
-        row["alignment"] = row.pop("test_alignment")
-        row["monitor_seconds"] = time.perf_counter() - start
+        row |= {"alignment": row.pop("test_alignment"), "monitor_seconds": time.perf_counter() - start}
         row["warning"] = overfitting(row)
         # Chosen on training images, never on test images (Andriushchenko & Flammarion 2020).
         if row["train_pgd10"] > max((earlier["train_pgd10"] for earlier in self.rows[:-1]), default=-1):
@@ -145,8 +139,7 @@ class Run:
         """Write model.pt and say where everything is."""
         write_torch(self.out / "model.pt", self._weights())
         seconds = sum(row["seconds"] for row in self.rows)
-        print(f"trained  {clock(seconds)} for {self.epoch * self.steps:,} steps; accuracies above are in per cent")
-        print(f"wrote    {self.out}/model.pt")
+        print(f"trained  {clock(seconds)}: {self.out}/model.pt; accuracies above are in per cent")
         print(f"next     {shlex.join(['python', 'eval_attacks.py', str(self.out), '--eps', f'{self.args.eps:g}'])}")
 
     def _weights(self):
@@ -206,10 +199,9 @@ def monitor(model, x, y, eps, batch_size):
     gradient = gradients(x)
     u = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) * 2 - 1
     other = gradients(x + eps * u)
-    x_fgsm = (x + eps * gradient.sign()).clamp(0, 1)
     return {
         "clean": percent(predict(model, x, batch_size) == y),
-        "fgsm": percent(predict(model, x_fgsm, batch_size) == y),
+        "fgsm": percent(predict(model, (x + eps * gradient.sign()).clamp(0, 1), batch_size) == y),
         "pgd10": percent(pgd(model, x, y, eps, steps=10, restarts=1, batch_size=batch_size)[0]),
         "alignment": F.cosine_similarity(gradient.flatten(1), other.flatten(1)).mean().item(),
     }
@@ -222,9 +214,7 @@ def overfitting(row):
     FGSM images better than clean ones reads the label off the perturbation (Kurakin et al. 2017, arXiv:1611.01236).
     """
     clean, fgsm, pgd10 = row["test_clean"], row["test_fgsm"], row["test_pgd10"]
-    if pgd10 < fgsm / 2 and pgd10 < fgsm - 10:
-        leaks = f", label leaking: clean accuracy is only {clean:.1f} %" if fgsm > clean + 2 else ""
-        return f"catastrophic overfitting: PGD-10 accuracy {pgd10:.1f} % where FGSM accuracy is {fgsm:.1f} %{leaks}"
-    if fgsm > clean + 2:
-        return f"label leaking: FGSM accuracy {fgsm:.1f} % exceeds clean accuracy {clean:.1f} %"
-    return None
+    collapsed, leaking = pgd10 < fgsm / 2 and pgd10 < fgsm - 10, fgsm > clean + 2
+    found = [f"catastrophic overfitting: PGD-10 accuracy {pgd10:.1f} % where FGSM accuracy is {fgsm:.1f} %"] * collapsed
+    found += [f"label leaking: FGSM accuracy {fgsm:.1f} % exceeds clean accuracy {clean:.1f} %"] * leaking
+    return ", ".join(found) or None

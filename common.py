@@ -37,14 +37,13 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
-def number(kind, low, high=np.inf):
-    """An argparse type: a finite int or float (kind) in [low, high]."""
-    top = f" and at most {high:g}" if high < np.inf else ""
+def number(kind, low, high=1e9):
+    """An argparse type: an int or a float (kind) in [low, high]."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == np.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: at least {low:g}{top}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {low:g} to {high:g}")
         return value
 
     parse.__name__ = "whole number" if kind is int else "number"  # for argparse's "invalid number value: 'eight'"
@@ -65,7 +64,7 @@ def make_parser(doc):
     add("--dataset", default="cifar10", help="cifar10, cifar100 or the path of an .npz")
     add("--data-dir", default="data", help="where cifar10 and cifar100 are, or are downloaded to")
     add("--limit-train", type=number(int, 1), metavar="N", help="train on the first N training images")
-    add("--depth", type=number(int, 10), default=28, help="of the WideResNet: 6n + 4")
+    add("--depth", type=int, choices=range(10, 101, 6), metavar="N", default=28, help="of the WideResNet: 6n + 4")
     add("--width", type=number(int, 1), default=10, help="of the WideResNet")
     add("--dropout", type=number(float, 0, 0.99), default=0.3, help="in every block")
     add("--seed", type=number(int, 0, 2**31), default=0, help="fixes everything on one machine")
@@ -87,8 +86,6 @@ def parse(parser):
     args.not_default = sorted(name for name, value in vars(args).items() if value != parser.get_default(name))
     args.method = parser.prog.removeprefix("train_").removesuffix(".py")
     args.out = args.out or f"runs/{args.method}_{Path(args.dataset).stem}_eps{args.eps:g}_seed{args.seed}"
-    if (args.depth - 4) % 6:
-        fail(f"argument --depth: {args.depth} is not 6n + 4: 10, 16, 22, 28, 34, 40, ...")
     if 0 < args.eps < 1:
         note(f"--eps {args.eps:g} is in units of 1/255")
     if args.deterministic:
@@ -156,14 +153,12 @@ def frozen(model):
 
 
 def place(model, args, attack_apart=True):
-    """Put the network on its device; with --compile, compile it.
-
-    A compiled backward pass computes every gradient, wanted or not: so here an attack's pass, in which the images want
-    one, freezes the weights. attack_apart=False: such a pass is for the weights too.
-    """
+    """Put the network on its device; with --compile, compile it."""
     model.to(args.device, memory_format=layout(args.device))
     forward = model.forward
 
+    # A compiled backward pass computes every gradient, wanted or not. So an attack's pass, where the images want one,
+    # freezes the weights; with attack_apart=False, that pass is for the weights too.
     def attack_or_train(x, **kwargs):
         with frozen(model) if attack_apart and x.requires_grad else contextlib.nullcontext():
             return forward(x, **kwargs)
@@ -193,7 +188,7 @@ class Data:
     def batches(self, epoch, batch_size, seed):
         """Yield (x, y) of one epoch: shuffled, cropped after zero padding by 4, flipped; x (B, 3, H, W) in [0, 1].
 
-        What epoch e of seed s shows depends on (s, e) alone, neither on the method nor on earlier random numbers.
+        What epoch e of seed s shows depends on (s, e) alone, on no method, device or earlier random number.
         """
         n, height, width, _ = self.train_x[:, 4:-4, 4:-4].shape
         random = np.random.Generator(np.random.PCG64([seed, epoch]))

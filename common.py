@@ -297,7 +297,7 @@ class StatusLine:
 
 
 def write_file(path, content):
-    """Write bytes to a new file beside path, then move it there: path is whole at every moment."""
+    """Write bytes to a new file next to path, then move it there: path is whole at every moment."""
     new = Path(f"{path}.new")
     try:
         with open(new, "wb") as file:

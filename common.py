@@ -40,14 +40,14 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=1e9):
     """An argparse type: an int or a float (kind) in [low, high]."""
 
-    def parse(text):
+    def convert(text):
         value = kind(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is out of range: {low:g} to {high:g}")
         return value
 
-    parse.__name__ = "whole number" if kind is int else "number"  # for argparse's "invalid number value: 'eight'"
-    return parse
+    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's "invalid number value: 'eight'"
+    return convert
 
 
 def make_parser(doc):

@@ -122,9 +122,8 @@ def find_device(name):
 
 def has_bf16(device):
     """Does this device's hardware compute in bfloat16?"""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device == "cpu" and bool(re.search("avx512_bf16|amx_bf16", CPUINFO))
+    cpu = device == "cpu" and bool(re.search("avx512_bf16|amx_bf16", CPUINFO))
+    return torch.cuda.get_device_capability(device) >= (8, 0) if device.startswith("cuda") else cpu
 
 
 def versions(device):
@@ -226,7 +225,7 @@ def load_arrays(name, data_dir, splits=("train", "test")):
         try:
             parts = [kind(data_dir, train=split == "train", download=True) for split in splits]
         except Exception as error:  # the network, the disk, the archive: torchvision raises many kinds
-            fail(f"no {name} in {data_dir}: name its folder with --data-dir, or give --dataset FILE.npz: {error}")
+            fail(f"cannot get {name} into {data_dir}: say where it is with --data-dir or --dataset FILE.npz: {error}")
         values = [array for part in parts for array in (part.data, np.array(part.targets))]
         return dict(zip(names, values)), parts[0].classes
     try:

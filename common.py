@@ -108,7 +108,9 @@ def find_device(name):
     """torch.device of a --device flag, tried out. If a GPU does not work, auto says torch's reason and takes a CPU."""
     found = name
     if name == "auto":
-        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: note(message)  # such as a driver that is too old
+            found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=found)
     except (RuntimeError, AssertionError) as error:
@@ -337,7 +339,6 @@ def fail(message, code=2):
 def launch(main):
     """Run main(); what a user can cause ends in one line, not in a traceback."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None: closed
-    warnings.showwarning = lambda message, *_: note(message)
     try:
         main()
         sys.stdout.flush()

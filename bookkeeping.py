@@ -1,7 +1,6 @@
 """What a script does besides training: run folder, progress line, checkpoint, accuracies after an epoch."""
 
 import json
-import math
 import os
 import shlex
 import time
@@ -10,19 +9,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import common
-from common import clock, fail, first_line, write_text, write_torch
-from eval_attacks import ContractError, percent, pgd, predict
+from common import StatusLine, autocast, clock, fail, frozen, versions, write_file, write_torch
+from eval_attacks import ContractError, ascend, cross_entropy, percent, pgd, predict
 from wrn import load_file
 
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "best.pt")
-# Flags that may differ between a run and its resumption.
-FREE_FLAGS = ("device", "compile", "data_dir", "out", "not_default", "resume", "overwrite")
+FREE_FLAGS = ("device", "compile", "data_dir", "out", "not_default")  # may differ between a run and its resumption
 HEADER = "epoch   loss  train |  test clean  fgsm pgd10 |  train clean  fgsm pgd10    time"
-ROW = (
-    "{epoch:5} {loss:6.3f} {train_acc:6.1f} |  {test_clean:10.1f} {test_fgsm:5.1f} {test_pgd10:5.1f} "
-    "|  {train_clean:11.1f} {train_fgsm:5.1f} {train_pgd10:5.1f}"
-)
+ROW = "{epoch:5} {loss:6.3f} {train_acc:6.1f} |  {test_clean:10.1f} {test_fgsm:5.1f} {test_pgd10:5.1f} |  "
+ROW += "{train_clean:11.1f} {train_fgsm:5.1f} {train_pgd10:5.1f}"
 LOCKS = {}  # {folder: file descriptor}; a lock goes when its process ends, however it ends
 
 
@@ -35,14 +30,18 @@ class Run:
 
     def __init__(self, args, model, optimizer, data, replays=1):
         self.args, self.model, self.optimizer, self.data = args, model, optimizer, data
-        self.out, self.steps = Path(args.out), data.steps(args.batch_size) * replays
-        self.epoch, self.rows, self.extra = 0, [], {}
-        self.line = common.StatusLine()
+        self.out, self.steps = Path(args.out), len(data.train_y) // args.batch_size * replays
+        self.epoch, self.rows, self.extra, self.line = 0, [], {}, StatusLine()
         self._open_folder()
         if args.resume and (self.out / "checkpoint.pt").exists():  # there is none if it was killed in its first epoch
             self._load_checkpoint()
         optimizer.param_groups[0]["fused"] = args.device.startswith("cuda") or None  # one kernel for all weights
-        self._announce()
+        count, n, n_test = sum(p.numel() for p in model.parameters()), len(data.train_y), len(data.test_y)
+        print(f"network  WRN-{args.depth}-{args.width}, {count / 1e6:.1f} M parameters, dropout {args.dropout}")
+        print(f"data     {data.name}: {n:,} training, {n_test:,} test images, {len(data.classes)} classes")
+        print(f"device   {versions(args.device)['hardware']}, {args.precision}")
+        print(f"run      {self.out}: {args.epochs} epochs, {args.epochs * self.steps:,} steps, eps {args.eps:g}/255")
+        print(f"resumed  after epoch {self.epoch} of {args.epochs}\n" * args.resume + HEADER, flush=True)
         if self.epoch:  # the kill may have come before its accuracies were measured
             self._measure()
         self._begin_epoch()
@@ -55,7 +54,7 @@ class Run:
         if args.resume and not (out / "config.json").exists():
             fail(f"no run to resume in {out}")
         out.mkdir(parents=True, exist_ok=True)
-        lock(out)
+        lock(out.resolve())
         if args.resume:
             try:
                 before = dict(json.loads((out / "config.json").read_text()))
@@ -70,16 +69,7 @@ class Run:
             fail(f"{out} holds a run: --resume continues it, --overwrite replaces it, --out names another folder")
         for name in found:
             (out / name).unlink()
-        write_text(out / "config.json", json.dumps({**config, **common.versions(args.device)}, indent=1) + "\n")
-
-    def _announce(self):
-        args, data, m = self.args, self.data, self.model.arguments
-        count, images = sum(p.numel() for p in self.model.parameters()) / 1e6, f"{len(data.train_x):,} training,"
-        print(f"network  WRN-{m['depth']}-{m['width']}, {count:.1f} M parameters, dropout {m['dropout']}")
-        print(f"data     {data.name}: {images} {len(data.test_x):,} test images, {len(data.classes)} classes")
-        print(f"device   {common.versions(args.device)['hardware']}, {args.precision}")
-        print(f"run      {self.out}: {args.epochs} epochs, {args.epochs * self.steps:,} steps, eps {args.eps:g}/255")
-        print(f"resumed  after epoch {self.epoch} of {args.epochs}\n" * args.resume + HEADER, flush=True)
+        write_file(out / "config.json", json.dumps({**config, **versions(args.device)}, indent=1) + "\n")
 
     def _begin_epoch(self):
         """Sums over the epoch's steps; they stay on the device, so that the host need not wait for it."""
@@ -103,18 +93,12 @@ class Run:
 
     def end_epoch(self):
         """Save the epoch, then measure it; or end the run if its loss or the weights are not finite."""
-        row = {
-            "epoch": self.epoch + 1,
-            "step": (self.epoch + 1) * self.steps,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "loss": float(self.loss) / self.steps,  # waits for the device
-            "train_acc": 100 * int(self.correct) / self.seen,
-            "seconds": time.perf_counter() - self.start,
-        }
-        row["images_per_second"] = self.seen / row["seconds"]
-        if not math.isfinite(row["loss"]) or not all(w.isfinite().all() for w in self.model.state_dict().values()):
-            where = f"loss or weights are not finite in epoch {self.epoch + 1}"
-            fail(f"{where}: try a lower --lr-max; {self.out} keeps its last good checkpoint", 1)
+        loss, seconds = float(self.loss) / self.steps, time.perf_counter() - self.start  # after waiting for the device
+        lr, train_acc = self.optimizer.param_groups[0]["lr"], 100 * int(self.correct) / self.seen
+        row = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps, "lr": lr, "loss": loss}
+        row |= {"train_acc": train_acc, "seconds": seconds, "images_per_second": self.seen / seconds}
+        if not all(tensor.isfinite().all() for tensor in (self.loss, *self.model.state_dict().values())):
+            fail(f"loss or weights not finite in epoch {self.epoch + 1}, which is not saved: try a lower --lr-max", 1)
         self.epoch += 1
         self.rows.append(row)
         rng = {"cpu": torch.get_rng_state(), "device": device_rng(self.args.device)}
@@ -130,39 +114,32 @@ class Run:
         self.model.eval()
         # Eager and without cudnn's trials: the attack's batches shrink, and each size would be compiled or tried anew.
         with (
-            common.frozen(self.model),
-            common.autocast(self.args),
+            frozen(self.model),
+            autocast(self.args),
             torch.compiler.set_stance("force_eager"),
             torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True),
         ):
             for split, images in (("test", self.data.test), ("train", self.data.train)):
-                x, y = images(self.args.monitor)
                 try:
-                    found = monitor(self.model, x, y, self.args.eps / 255, self.args.batch_size)
+                    found = monitor(self.model, *images(self.args.monitor), self.args.eps / 255, self.args.batch_size)
                 except ContractError as error:  # logits or gradients overflow
                     fail(f"epoch {self.epoch} is saved but cannot be measured ({error}): try a lower --lr-max", 1)
                 row |= {f"{split}_{name}": value for name, value in found.items()}
-        row["alignment"] = row.pop("test_alignment")
-        row["monitor_seconds"] = time.perf_counter() - start
+        row |= {"alignment": row.pop("test_alignment"), "monitor_seconds": time.perf_counter() - start}
         row["warning"] = overfitting(row)
-        self.line.clear()
-        print(ROW.format(**row), f"{clock(row['seconds']):>7}", flush=True)
-        if row["warning"]:
-            print(f"warning: epoch {self.epoch}: {row['warning']}", flush=True)
         # Chosen on training images, never on test images (Andriushchenko & Flammarion 2020).
         if row["train_pgd10"] > max((earlier["train_pgd10"] for earlier in self.rows[:-1]), default=-1):
             write_torch(self.out / "best.pt", self._weights())
-        write_text(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        write_file(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.line.clear()
+        warning = f"\nwarning: epoch {self.epoch}: {row['warning']}" if row["warning"] else ""
+        print(f"{ROW.format(**row)} {clock(row['seconds']):>7}{warning}", flush=True)
 
     def finish(self):
         """Write model.pt and say where everything is."""
         write_torch(self.out / "model.pt", self._weights())
         seconds = sum(row["seconds"] for row in self.rows)
-        print(f"trained  {clock(seconds)} for {self.epoch * self.steps:,} steps; accuracies above are in per cent")
-        first = next((row for row in self.rows if row["warning"]), None)
-        if first:
-            print(f"warning: first seen in epoch {first['epoch']}: {first['warning']}")
-        print(f"wrote    {self.out}/model.pt")
+        print(f"trained  {clock(seconds)}: {self.out}/model.pt; accuracies above are in per cent")
         print(f"next     {shlex.join(['python', 'eval_attacks.py', str(self.out), '--eps', f'{self.args.eps:g}'])}")
 
     def _weights(self):
@@ -179,23 +156,23 @@ class Run:
             torch.set_rng_state(state["rng"]["cpu"])
             device_rng(device, state["rng"]["device"])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            fail(f"{path} does not fit this run ({first_line(error)})")
+            fail(f"{path} does not fit this run: {error}")
 
 
 def lock(folder):
     """Keep every other process out of a run's folder while this one lives. On Windows, do without."""
-    folder = folder.resolve()
-    if os.name == "posix" and folder not in LOCKS:
-        import fcntl
+    if os.name != "posix" or folder in LOCKS:
+        return
+    import fcntl
 
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            LOCKS[folder] = descriptor
-        except BlockingIOError:
-            fail(f"another process is training in {folder}: --out names another folder")
-        except OSError:  # some network file systems cannot lock
-            pass
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is training in {folder}: --out names another folder")
+    except OSError:  # some network file systems cannot lock
+        pass
+    LOCKS[folder] = descriptor
 
 
 def device_rng(device, state=None):
@@ -216,18 +193,15 @@ def monitor(model, x, y, eps, batch_size):
     """
 
     def gradients(x):
-        for part, label in zip(x.split(batch_size), y.split(batch_size)):
-            part = part.clone().requires_grad_()
-            loss = F.cross_entropy(model(part).float(), label, reduction="sum")
-            yield torch.autograd.grad(loss, part)[0]
+        parts = zip(x.split(batch_size), y.split(batch_size))
+        return torch.cat([ascend(model, part, cross_entropy, label)[2] for part, label in parts])
 
-    gradient = torch.cat(list(gradients(x)))
+    gradient = gradients(x)
     u = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) * 2 - 1
-    other = torch.cat(list(gradients(x + eps * u)))
-    x_fgsm = (x + eps * gradient.sign()).clamp(0, 1)
+    other = gradients(x + eps * u)
     return {
         "clean": percent(predict(model, x, batch_size) == y),
-        "fgsm": percent(predict(model, x_fgsm, batch_size) == y),
+        "fgsm": percent(predict(model, (x + eps * gradient.sign()).clamp(0, 1), batch_size) == y),
         "pgd10": percent(pgd(model, x, y, eps, steps=10, restarts=1, batch_size=batch_size)[0]),
         "alignment": F.cosine_similarity(gradient.flatten(1), other.flatten(1)).mean().item(),
     }
@@ -240,9 +214,7 @@ def overfitting(row):
     FGSM images better than clean ones reads the label off the perturbation (Kurakin et al. 2017, arXiv:1611.01236).
     """
     clean, fgsm, pgd10 = row["test_clean"], row["test_fgsm"], row["test_pgd10"]
-    if pgd10 < fgsm / 2 and pgd10 < fgsm - 10:
-        leaks = f", label leaking: clean accuracy is only {clean:.1f} %" if fgsm > clean + 2 else ""
-        return f"catastrophic overfitting: PGD-10 accuracy {pgd10:.1f} % where FGSM accuracy is {fgsm:.1f} %{leaks}"
-    if fgsm > clean + 2:
-        return f"label leaking: FGSM accuracy {fgsm:.1f} % exceeds clean accuracy {clean:.1f} %"
-    return None
+    collapsed, leaking = pgd10 < fgsm / 2 and pgd10 < fgsm - 10, fgsm > clean + 2
+    found = [f"catastrophic overfitting: PGD-10 accuracy {pgd10:.1f} % where FGSM accuracy is {fgsm:.1f} %"] * collapsed
+    found += [f"label leaking: FGSM accuracy {fgsm:.1f} % exceeds clean accuracy {clean:.1f} %"] * leaking
+    return ", ".join(found) or None

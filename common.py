@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import datetime
 import io
-import math
 import os
 import platform
 import re
@@ -12,11 +11,11 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from wrn import FileError, layout
 
@@ -38,40 +37,36 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
-def number(kind, low, high=math.inf, below=math.inf):
-    """An argparse type: an int or a float (kind) in [low, high] that is less than `below`."""
-    top = f" and less than {below:g}" if below < math.inf else f" and at most {high:g}" if high < math.inf else ""
+def number(kind, low, high=1e9):
+    """An argparse type: an int or a float (kind) in [low, high]."""
 
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
-        if not (low <= value <= high and value < below):
-            raise argparse.ArgumentTypeError(f"{text} is out of range: at least {low:g}{top}")
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {low:g} to {high:g}")
         return value
 
-    return parse
+    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's "invalid number value: 'eight'"
+    return convert
 
 
 def make_parser(doc):
     """A parser with the flags that every training script shares; doc is the script's docstring."""
-    note = "eps is in units of 1/255; steps, radii and noise are multiples of eps."
-    parser = Parser(description=doc.split("\n\n")[0], epilog=note, formatter_class=Help)
+    units = "eps is in units of 1/255; steps, radii and noise are multiples of eps."
+    parser = Parser(description=doc.split("\n\n")[0], epilog=units, formatter_class=Help)
     add = parser.add_argument
     add("--eps", type=number(float, 0, 255), default=8.0, help="l-infinity radius, in 1/255")
     add("--epochs", type=number(int, 1), default=30, help="passes over the training data")
     add("--batch-size", type=number(int, 2), default=128, help="the last partial batch is dropped")
     add("--lr-max", type=number(float, 0), default=0.2, help="peak of the cyclic learning rate")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="on all parameters")
-    cycle = "momentum falls to 0.8 where the learning rate peaks; off: always 0.9"
-    add("--momentum-cycle", action=argparse.BooleanOptionalAction, default=True, help=cycle)
+    add("--momentum-cycle", action=argparse.BooleanOptionalAction, default=True, help="0.8 at the peak, else 0.9")
     add("--dataset", default="cifar10", help="cifar10, cifar100 or the path of an .npz")
     add("--data-dir", default="data", help="where cifar10 and cifar100 are, or are downloaded to")
     add("--limit-train", type=number(int, 1), metavar="N", help="train on the first N training images")
-    add("--depth", type=number(int, 10), default=28, help="of the WideResNet: 6n + 4")
+    add("--depth", type=int, choices=range(10, 101, 6), metavar="N", default=28, help="of the WideResNet: 6n + 4")
     add("--width", type=number(int, 1), default=10, help="of the WideResNet")
-    add("--dropout", type=number(float, 0, below=1), default=0.3, help="in every block")
+    add("--dropout", type=number(float, 0, 0.99), default=0.3, help="in every block")
     add("--seed", type=number(int, 0, 2**31), default=0, help="fixes everything on one machine")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
@@ -91,10 +86,8 @@ def parse(parser):
     args.not_default = sorted(name for name, value in vars(args).items() if value != parser.get_default(name))
     args.method = parser.prog.removeprefix("train_").removesuffix(".py")
     args.out = args.out or f"runs/{args.method}_{Path(args.dataset).stem}_eps{args.eps:g}_seed{args.seed}"
-    if (args.depth - 4) % 6:
-        fail(f"argument --depth: {args.depth} is not 6n + 4: 10, 16, 22, 28, 34, 40, ...")
     if 0 < args.eps < 1:
-        print(f"note: --eps {args.eps:g} is in units of 1/255", file=sys.stderr)
+        note(f"--eps {args.eps:g} is in units of 1/255")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -112,22 +105,27 @@ def parse(parser):
 
 
 def find_device(name):
-    """torch.device of a --device flag, tried out: what does not work is one line with torch's reason."""
+    """torch.device of a --device flag, tried out. If a GPU does not work, auto says torch's reason and takes a CPU."""
+    found = name
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: note(message)  # such as a driver that is too old
+            found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"argument --device: no device {name!r} here that works ({first_line(error)})")
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        if name != "auto":
+            fail(f"argument --device: no device {name!r} here that works: {error}")
+        note(f"the CPU is used, for {found!r} does not work: {error}")
+        found = "cpu"
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-    return torch.device(name)
+    return torch.device(found)
 
 
 def has_bf16(device):
     """Does this device's hardware compute in bfloat16?"""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device == "cpu" and bool(re.search("avx512_bf16|amx_bf16", CPUINFO))
+    cpu = device == "cpu" and bool(re.search("avx512_bf16|amx_bf16", CPUINFO))
+    return torch.cuda.get_device_capability(device) >= (8, 0) if device.startswith("cuda") else cpu
 
 
 def autocast(args):
@@ -138,13 +136,13 @@ def autocast(args):
 def versions(device):
     """What a number depends on besides its flags."""
     name = re.search(r"model name\s*: (.*)", CPUINFO)
-    hardware = f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
+    cpu = f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
     return {
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "device": str(device),
-        "hardware": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else hardware,
+        "hardware": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else cpu,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
@@ -161,28 +159,26 @@ def frozen(model):
 
 
 def place(model, args, attack_apart=True):
-    """Put the network on its device; with --compile, compile it.
-
-    A compiled backward pass computes every gradient, wanted or not. So a compiled network freezes its weights in a
-    pass whose images want a gradient: an attack's. attack_apart=False: such a pass is for the weights too.
-    """
+    """Put the network on its device; with --compile, compile it."""
     model.to(args.device, memory_format=layout(args.device))
+    forward = model.forward
+
+    # A compiled backward pass computes every gradient, wanted or not. So an attack's pass, where the images want one,
+    # freezes the weights; with attack_apart=False, that pass is for the weights too.
+    def attack_or_train(x, **kwargs):
+        with frozen(model) if attack_apart and x.requires_grad else contextlib.nullcontext():
+            return forward(x, **kwargs)
+
     if args.compile:
         model.compile()
-    if args.compile and attack_apart:
-        forward = model.forward
-
-        def attack_or_train(x, **kwargs):
-            with frozen(model) if x.requires_grad else contextlib.nullcontext():
-                return forward(x, **kwargs)
-
         model.forward = attack_or_train
 
 
 class Data:
     """A data set that lives on the device as uint8: train_x padded by 4 zero pixels, test_x as it is."""
 
-    def __init__(self, name, classes, arrays, device, limit_train=None):
+    def __init__(self, name, data_dir, device, splits=("train", "test"), limit_train=None):
+        arrays, self.classes = load_arrays(name, data_dir, splits)
         if "train_x" in arrays:
             x, y = arrays["train_x"], arrays["train_y"]
             # The network's normalisation: of all training images, whatever --limit-train.
@@ -190,30 +186,33 @@ class Data:
             value = np.arange(256) / 255
             self.mean = [float(h @ value) for h in histograms]
             self.std = [float(max(np.sqrt(h @ (value - m) ** 2), 1e-3)) for h, m in zip(histograms, self.mean)]
-            self.train_x = F.pad(torch.from_numpy(x[:limit_train]), (0, 0, 4, 4, 4, 4)).to(device)
+            self.train_x = torch.nn.functional.pad(torch.from_numpy(x[:limit_train]), (0, 0, 4, 4, 4, 4)).to(device)
             self.train_y = torch.from_numpy(y[:limit_train].astype(np.int64)).to(device)
         self.test_x = torch.from_numpy(arrays["test_x"]).to(device)
         self.test_y = torch.from_numpy(arrays["test_y"].astype(np.int64)).to(device)
-        self.name, self.classes, self.device = name, classes, device
+        self.name, self.device = name, device
 
     def steps(self, batch_size):
         """The batches of an epoch."""
         return len(self.train_x) // batch_size
 
     def batches(self, epoch, batch_size, seed):
-        """Yield (x, y) of one epoch: shuffled, cropped after zero padding by 4, flipped.
+        """Yield (x, y) of one epoch: shuffled, cropped after zero padding by 4, flipped; x (B, 3, H, W) in [0, 1].
 
-        x: (B, 3, H, W) float32 in [0, 1]. What epoch e of seed s shows depends on (s, e) alone:
-        neither on the method nor on the device nor on earlier random numbers.
+        What epoch e of seed s shows depends on (s, e) alone, on no method, device or earlier random number.
         """
-        n = len(self.train_x)
+        n, height, width, _ = self.train_x[:, 4:-4, 4:-4].shape
         random = np.random.Generator(np.random.PCG64([seed, epoch]))
         order = torch.from_numpy(random.permutation(n)).to(self.device)
-        top, left = torch.from_numpy(random.integers(0, 9, (2, n))).to(self.device)
-        flip = torch.from_numpy(random.random(n) < 0.5).to(self.device)
+        top, left = torch.from_numpy(random.integers(0, 9, (2, n, 1))).to(self.device)
+        flip = torch.from_numpy(random.random((n, 1)) < 0.5).to(self.device)
+        column = torch.arange(width, device=self.device)
+        rows = top + torch.arange(height, device=self.device)  # (n, H), which of the padded image's
+        columns = left + torch.where(flip, width - 1 - column, column)
         for part in torch.arange(n - n % batch_size, device=self.device).split(batch_size):
-            x = crop_and_flip(self.train_x, order[part], top[part], left[part], flip[part])
-            yield to_float(x), self.train_y[order[part]]
+            index = order[part]
+            x = self.train_x[index[:, None, None], rows[part][:, :, None], columns[part][:, None, :]]
+            yield to_float(x), self.train_y[index]
 
     def train(self, n=None):
         """The first n training images, not augmented: (N, 3, H, W) float32 in [0, 1], and their classes (N,)."""
@@ -223,18 +222,6 @@ class Data:
         return to_float(self.test_x[:n]), self.test_y[:n]
 
 
-def crop_and_flip(padded, index, top, left, flip):
-    """Crops of padded[index], uint8 (N, H + 8, W + 8, C) -> (B, H, W, C), in one gather.
-
-    index, top, left: (B,), offsets in 0..8. flip: (B,) bool, mirror left and right after cropping.
-    """
-    height, width = padded.shape[1] - 8, padded.shape[2] - 8
-    rows = top[:, None] + torch.arange(height, device=padded.device)
-    columns = torch.arange(width, device=padded.device).expand(len(index), -1)
-    columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)
-    return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
 def to_float(images):
     """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1], in the memory format of the device."""
     return images.permute(0, 3, 1, 2).float().div_(255).contiguous(memory_format=layout(images.device))
@@ -242,7 +229,7 @@ def to_float(images):
 
 def load_arrays(name, data_dir, splits=("train", "test")):
     """({train_x, train_y, test_x, test_y}, class names) of a data set: cifar10, cifar100 or the path of an .npz."""
-    names, path = [f"{split}_{letter}" for split in splits for letter in "xy"], Path(name)
+    names = [f"{split}_{letter}" for split in splits for letter in "xy"]
     if name in ("cifar10", "cifar100"):
         import torchvision.datasets as datasets
 
@@ -250,51 +237,40 @@ def load_arrays(name, data_dir, splits=("train", "test")):
         try:
             parts = [kind(data_dir, train=split == "train", download=True) for split in splits]
         except Exception as error:  # the network, the disk, the archive: torchvision raises many kinds
-            reason = f"cannot get {name} into {data_dir} ({first_line(error)})"
-            fail(f"{reason}: name the folder that holds it with --data-dir, or a file with --dataset FILE.npz")
+            fail(f"cannot get {name} into {data_dir}: say where it is with --data-dir or --dataset FILE.npz: {error}")
         values = [array for part in parts for array in (part.data, np.array(part.targets))]
         return dict(zip(names, values)), parts[0].classes
-    if not path.is_file():
-        fail(f"no data set {name!r}: give cifar10, cifar100 or the path of an .npz")
     try:
-        with np.load(path, allow_pickle=False) as file:  # so that it cannot run code
+        with np.load(name, allow_pickle=False) as file:  # so that it cannot run code
             arrays = {key: np.asarray(file[key]) for key in names}
             classes = [str(c) for c in file["classes"]] if "classes" in file else []
     except Exception as error:  # zipfile, zlib and numpy each raise their own for a damaged file
-        fail(f"{path} is not a data set, which needs {', '.join(names)} ({first_line(error)})")
+        fail(f"no data set {name!r}: give cifar10, cifar100 or an .npz with {', '.join(names)}: {error}")
+    size = arrays[names[0]].shape[1:3]
     for split in splits:
         x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
-            fail(f"{path}: {split}_x is {x.dtype} {x.shape}, it must be uint8 (N, H, W, 3)")
-        if x.shape[1:] != arrays[names[0]].shape[1:]:
-            fail(f"{path}: train_x and test_x hold images of different sizes")
+        if x.dtype != np.uint8 or x.shape[1:] != (*size, 3) or 0 in x.shape:
+            fail(f"{name}: {split}_x is {x.dtype} {x.shape}, it must be uint8 (N, H, W, 3), the same H, W everywhere")
         if y.dtype.kind not in "iu" or y.shape != (len(x),):
-            fail(f"{path}: {split}_y is {y.dtype} {y.shape}, it must be whole numbers ({len(x)},)")
+            fail(f"{name}: {split}_y is {y.dtype} {y.shape}, it must be whole numbers ({len(x)},)")
         count = max(min(int(arrays[names[1]].max()) + 1, 1000), 2)
         if y.min() < 0 or y.max() >= count:
-            fail(f"{path}: {split}_y has labels {y.min()} to {y.max()}, it must have 0 to {count - 1} at most")
+            fail(f"{name}: {split}_y has labels {y.min()} to {y.max()}, it must have 0 to {count - 1} at most")
     return arrays, classes if len(classes) == count else [f"class {i}" for i in range(count)]
 
 
 def load_data(args):
     """The data set of a training run on its device."""
-    arrays, classes = load_arrays(args.dataset, args.data_dir)
-    data = Data(args.dataset, classes, arrays, args.device, args.limit_train)
+    data = Data(args.dataset, args.data_dir, args.device, limit_train=args.limit_train)
     if len(data.train_x) < args.batch_size:
         fail(f"{len(data.train_x)} training images do not fill one batch of {args.batch_size}: lower --batch-size")
     return data
 
 
-def load_test_data(name, data_dir, device):
-    """The test images of a data set, as load_arrays names it, on a device."""
-    arrays, classes = load_arrays(name, data_dir, ("test",))
-    return Data(name, classes, arrays, device)
-
-
 def cyclic(progress, lr_max, momentum_cycle=True):
-    """(learning rate, momentum) when a share `progress`, 0 to 1, of all steps is done.
+    """(learning rate, momentum) when a share `progress` of all steps is done, as torch's CyclicLR has them.
 
-    0 to lr_max over the first 40 %, to 0 over the rest; momentum 0.9, 0.8, 0.9 against it, as torch's CyclicLR has it.
+    0 to lr_max over the first 40 %, to 0 over the rest; momentum 0.9, 0.8, 0.9 against it.
     """
     height = progress / 0.4 if progress < 0.4 else (1 - progress) / 0.6
     return lr_max * height, 0.9 - 0.1 * height * momentum_cycle
@@ -306,10 +282,10 @@ def clock(seconds):
 
 
 class StatusLine:
-    """One line that redraws itself on a terminal; in a file, a plain line every 20 seconds."""
+    """A line on stderr that redraws itself on a terminal; in a file, a plain line every 20 seconds."""
 
     def __init__(self):
-        self.terminal, self.last = sys.stdout.isatty(), time.monotonic()
+        self.terminal, self.last = sys.stderr.isatty(), time.monotonic()
 
     def due(self):
         """Is it time to show something? Ask before the numbers are fetched: that makes the host wait for a GPU."""
@@ -317,20 +293,20 @@ class StatusLine:
 
     def show(self, text):
         if self.due():
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\033[K{text[:width]}" if self.terminal else text, end="" if self.terminal else "\n", flush=True)
             self.last = time.monotonic()
+            line = f"\r\033[K\033[?7l{text}\033[?7h" if self.terminal else f"{text}\n"  # ?7l: cut, not wrapped
+            print(line, end="", file=sys.stderr, flush=True)
 
     def clear(self):
-        print("\r\033[K" if self.terminal else "", end="", flush=True)
+        print("\r\033[K" * self.terminal, end="", file=sys.stderr, flush=True)
 
 
 def write_file(path, content):
-    """Write bytes to a new file beside path, then move it there: path is whole at every moment."""
+    """Write bytes or text to a new file next to path, then move it there: path is whole at every moment."""
     new = Path(f"{path}.new")
     try:
         with open(new, "wb") as file:
-            file.write(content)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
@@ -341,20 +317,22 @@ def write_file(path, content):
             new.unlink(missing_ok=True)
 
 
-def write_text(path, text):
-    write_file(path, text.encode())
-
-
 def write_torch(path, state):
     buffer = io.BytesIO()  # through memory: on a full disk torch.save fails in C++, not with an OSError
     torch.save(state, buffer)
     write_file(path, buffer.getbuffer())
 
 
+def note(message, kind="note"):
+    """Something to know, in one line on stderr."""
+    line = str(message).strip().split("\n")[0]
+    print(f"{kind}: {line}", file=sys.stderr)
+
+
 def fail(message, code=2):
     """End the program with one line on stderr. code: 2 if the user can fix it, 1 if a run failed."""
     sys.stdout.flush()
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    note(message, f"{Path(sys.argv[0]).name}: error")
     sys.exit(code)
 
 
@@ -362,16 +340,17 @@ def launch(main):
     """Run main(); what a user can cause ends in one line, not in a traceback."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; Python would try to write the rest as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        fail("nothing reads this output any more: --resume continues a training run")
     except FileError as error:
         fail(error)
     except OSError as error:
         fail(f"{error.strerror or error}: {error.filename}" if error.filename else error)
-    except torch.OutOfMemoryError:
-        fail("out of device memory: give a smaller --batch-size, --width or --depth", 1)
+    except RuntimeError as error:
+        if not re.search("out of memory|not enough memory|allocate memory", str(error)):
+            raise
+        fail("out of memory: give a smaller --batch-size (a training run: or --width or --depth)", 1)
     except KeyboardInterrupt:
         fail("interrupted: --resume continues a training run", 130)
-
-
-def first_line(error):
-    """Of an exception's message, or its name if it has none."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

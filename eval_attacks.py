@@ -439,7 +439,7 @@ def parse_args():
     if not args.dataset:
         parser.error("give --dataset: cifar10, cifar100 or an .npz (no config.json of a run names one)")
     if 0 < args.eps < 1:
-        print(f"note: --eps {args.eps:g} is in units of 1/255", file=sys.stderr)
+        common.note(f"--eps {args.eps:g} is in units of 1/255")
     args.device = common.find_device(args.device)
     return args
 
@@ -523,7 +523,7 @@ def evaluate(args):
     import common
 
     model, eps = load_network(args), args.eps / 255
-    data = common.load_test_data(args.dataset, args.data_dir, args.device)
+    data = common.Data(args.dataset, args.data_dir, args.device, ("test",))
     x, y = data.test(args.n)
     state = load_state(args, model, x, y)
     masks, seconds, x_adv = state["masks"], state["seconds"], state["x_adv"]
@@ -581,7 +581,7 @@ def evaluate(args):
         result |= {"seconds_per_attack": {label: seconds[label] for label in labels}}
         result |= {"search_precision": args.search_precision, **common.versions(args.device)}
         result["training"] = args.training if args.run else None
-        common.write_text(args.json, json.dumps(result, indent=1) + "\n")
+        common.write_file(args.json, json.dumps(result, indent=1) + "\n")
     if args.save_adv:
         import numpy as np
 

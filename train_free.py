@@ -38,9 +38,8 @@ def main():
     args = parse_args()
     torch.manual_seed(args.seed)
     data = common.load_data(args)
-    model = WideResNet(
-        args.depth, args.width, num_classes=len(data.classes), dropout=args.dropout, mean=data.mean, std=data.std
-    )
+    of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)
+    model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
     common.place(model, args, attack_apart=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
     run = Run(args, model, optimizer, data, replays=args.replays)

@@ -59,9 +59,11 @@ def parse_args():
     table = {8: (1.5, 0.15), 12: (5.0, 0.55), 16: (8.5, 1.5), 32: (2.75, 0.75)}
     if args.dataset == "cifar100":
         table = {8: (1.5, 0.15), 12: (3.5, 0.3), 16: (6.0, 0.5), 32: (3.5, 0.5)}
-    lambda_2, lambda_3 = table[min(table, key=lambda eps: abs(eps - args.eps))]
-    args.lambda_2 = lambda_2 if args.lambda_2 is None else args.lambda_2
-    args.lambda_3 = lambda_3 if args.lambda_3 is None else args.lambda_3
+    nearest = min(table, key=lambda eps: abs(eps - args.eps))
+    if nearest != args.eps and None in (args.lambda_2, args.lambda_3):
+        common.note(f"the authors name no lambdas for eps {args.eps:g}: taking those for eps {nearest}")
+    args.lambda_2 = table[nearest][0] if args.lambda_2 is None else args.lambda_2
+    args.lambda_3 = table[nearest][1] if args.lambda_3 is None else args.lambda_3
     return args
 
 
@@ -69,9 +71,8 @@ def main():
     args = parse_args()
     torch.manual_seed(args.seed)
     data = common.load_data(args)
-    model = WideResNet(
-        args.depth, args.width, num_classes=len(data.classes), dropout=args.dropout, mean=data.mean, std=data.std
-    )
+    of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)
+    model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
     common.place(model, args)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
     run = Run(args, model, optimizer, data)

@@ -8,7 +8,7 @@ Names: "0" the input, "conv1" the stem convolution, "conv2", "conv3", "conv4" th
 group. Normalisation is the first thing inside the network, so everything outside is in [0, 1].
 """
 
-import textwrap
+import re
 import zipfile
 from pathlib import Path
 
@@ -135,26 +135,28 @@ class FileError(ValueError):
 
 
 def load_file(path):
-    """The dictionary in a file written by torch.save, on the CPU; ValueError in one line if missing or damaged."""
+    """The dictionary in a file that any version of torch.save wrote, on the CPU; FileError otherwise."""
     if not Path(path).is_file():
         raise FileError(f"no file {path}")
+    reason = "is damaged, or holds no dictionary written by torch.save"
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # compares the checksums, which torch does not
-        content = damaged or torch.load(path, map_location="cpu", weights_only=True)  # and cannot run code
-    except Exception:  # pickle, zip and torch each raise their own for a damaged file
-        content = None
-    if not isinstance(content, dict):
-        raise FileError(f"{path} is damaged, or not a checkpoint of this project")
-    return content
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # checksums, which torch ignores
+        content = damaged or torch.load(path, map_location="cpu", weights_only=True)  # which cannot run code
+        if isinstance(content, dict):
+            return content
+    except Exception as error:  # pickle, zip and torch each raise their own for a damaged file
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            remedy = "save the weights by themselves, torch.save(model.state_dict(), FILE)"
+            reason = f"holds {code[1]}, code that is not run: {remedy}"
+    raise FileError(f"{path} {reason}")
 
 
 def load_model(path, device="cpu"):
-    """The network of a run folder (its model.pt) or one of its .pt files, in eval mode; ValueError as load_file."""
-    path = Path(path)
-    if path.is_dir():
-        if not (path / "model.pt").exists() and (path / "checkpoint.pt").exists():
-            raise FileError(f"{path} is not finished: name {path / 'checkpoint.pt'} to load it as it stands")
-        path = path / "model.pt"
+    """The network of a run folder (its model.pt) or one of its .pt files, in eval mode; FileError as load_file."""
+    path = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
+    checkpoint = path.with_name("checkpoint.pt")
+    if path.name == "model.pt" and not path.exists() and checkpoint.exists():
+        raise FileError(f"{path.parent} is not finished: name {checkpoint} to load it as it stands")
     content = load_file(path)
     arguments, weights = content.get("arguments"), content.get("state_dict")
     try:
@@ -163,5 +165,5 @@ def load_model(path, device="cpu"):
         model = WideResNet(**arguments)
         model.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
-        raise FileError(f"{path} does not hold a WideResNet: {textwrap.shorten(str(error), 200)}") from None
+        raise FileError(f"{path} does not hold a WideResNet: {' '.join(str(error).split())[:200]}") from None
     return model.to(device, memory_format=layout(device)).eval()

@@ -131,9 +131,9 @@ def main():
     )
     add, number = parser.add_argument, common.number
     add("--only", default=",".join(CONTESTANTS), help="contestants, separated by commas (default: all)")
-    add("--depth", type=number(int, 10), default=16, help="default 16")
+    add("--depth", type=int, choices=range(10, 101, 6), metavar="N", default=16, help="6n + 4 (default 16)")
     add("--width", type=number(int, 1), default=2, help="default 2")
-    add("--dropout", type=number(float, 0, below=1), default=0.3, help="default 0.3")
+    add("--dropout", type=number(float, 0, 0.99), default=0.3, help="default 0.3")
     add("--batch-size", type=number(int, 2), default=128, help="default 128")
     add("--steps", type=number(int, 1), default=3, help="timed in a turn (default 3)")
     add("--rounds", type=number(int, 1), default=9, help="turns of each contestant (default 9)")
@@ -148,8 +148,6 @@ def main():
     for name in args.only:
         if name not in CONTESTANTS:
             parser.error(f"argument --only: {name!r} is not one of {', '.join(CONTESTANTS)}")
-    if (args.depth - 4) % 6:
-        parser.error(f"argument --depth: {args.depth} is not 6n + 4: 10, 16, 22, 28, 34, 40, ...")
     args.device = str(common.find_device(args.device))
     if args.precision == "auto":
         args.precision = "bf16" if common.has_bf16(args.device) else "fp32"
@@ -178,7 +176,7 @@ def main():
     if args.json:
         result = {"rounds": args.rounds, "base": base, "steps": rows}
         flags = {key: value for key, value in vars(args).items() if key != "json"}
-        common.write_text(args.json, json.dumps({"flags": flags, **facts, "result": result}, indent=1) + "\n")
+        common.write_file(args.json, json.dumps({"flags": flags, **facts, "result": result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def pyplot():
 
 def write(name, figure, numbers):
     """NAME.json, NAME.png, NAME.svg."""
-    common.write_text(f"{name}.json", json.dumps(numbers, indent=1) + "\n")
+    common.write_file(f"{name}.json", json.dumps(numbers, indent=1) + "\n")
     for end in ("png", "svg"):
         figure.savefig(f"{name}.{end}", dpi=150, metadata={"Date": None} if end == "svg" else None)
     print(f"wrote {name}.png, {name}.svg, {name}.json")
@@ -102,7 +102,7 @@ def networks(args):
     configs = [read_json(Path(run) / "config.json", CONFIG) for run in args.runs]
     for run, config, (label, style) in zip(args.runs, configs, legends(args.runs, configs)):
         model, dataset = load_model(run, args.device), args.dataset or config["dataset"]
-        x, y = common.load_test_data(dataset, args.data_dir, args.device).test(args.n)
+        x, y = common.Data(dataset, args.data_dir, args.device, ("test",)).test(args.n)
         if y.max() >= model.arguments["num_classes"]:
             common.fail(f"{dataset} has more than the {model.arguments['num_classes']} classes of {run}")
         yield label, style, model.requires_grad_(False), x, y

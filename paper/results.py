@@ -179,4 +179,4 @@ def table(args):
         lines += ["", *notes.read_text().splitlines()]
     print("\n".join(lines))
     if args.out:
-        common.write_text(f"{args.out}.md", "\n".join(lines) + "\n")
+        common.write_file(f"{args.out}.md", "\n".join(lines) + "\n")

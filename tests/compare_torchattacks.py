@@ -13,13 +13,13 @@ from pathlib import Path
 import torchattacks
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import load_test_data
+from common import Data
 from eval_attacks import ATTACKS, AUTOATTACK, is_adversarial, predict
 from wrn import load_model
 
 
 def main(run, dataset, n, eps):
-    (x, y), eps, model = load_test_data(dataset, "data", "cpu").test(int(n)), float(eps) / 255, load_model(run)
+    (x, y), eps, model = Data(dataset, "data", "cpu", ("test",)).test(int(n)), float(eps) / 255, load_model(run)
     x, targeted = x.contiguous(), {"eps": eps, "seed": 0, "steps": 100, "n_classes": 10}
     theirs = {
         "apgd-ce": torchattacks.APGD(model, eps=eps, steps=100, seed=0),

@@ -58,8 +58,7 @@ def smooth():
 
 @pytest.fixture(scope="session")
 def tiny():
-    arrays, classes = common.load_arrays(TINY, "data")
-    return common.Data(TINY, classes, arrays, "cpu")
+    return common.Data(TINY, "data", "cpu")
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def test_peak_memory(cli, tmp_path):
 
 
 def test_errors_are_one_line(cli):
-    for flags, message in (("--only sgd", "'sgd' is not one of"), ("--depth 11", "6n + 4")):
+    for flags, message in (("--only sgd", "'sgd' is not one of"), ("--depth 11", "choose from 10, 16")):
         code, _, err = cli(bench, flags)
         assert code == 2 and err.count("\n") == 1 and message in err
 

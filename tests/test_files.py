@@ -1,5 +1,6 @@
 """Damaged, wrong and hostile files: each ends in one line, and none runs code."""
 
+import argparse
 import io
 import json
 import pickle
@@ -48,7 +49,7 @@ BAD_DATA = {
     "four channels": ({"train_x": IMAGES.repeat(2, -1)[..., :4]}, "(N, H, W, 3)"),
     "no images": ({"train_x": IMAGES[:0], "train_y": GOOD["train_y"][:0]}, "it must be uint8"),
     "no pixels": ({"test_x": GOOD["test_x"][:, :0]}, "it must be uint8"),
-    "other sizes": ({"test_x": GOOD["test_x"][:, :6]}, "different sizes"),
+    "other sizes": ({"test_x": GOOD["test_x"][:, :6]}, "the same H, W everywhere"),
     "labels too few": ({"train_y": GOOD["train_y"][:-1]}, "whole numbers (20,)"),
     "labels with fractions": ({"test_y": GOOD["test_y"] + 0.5}, "whole numbers (5,)"),
     "label below zero": ({"train_y": GOOD["train_y"] - 1}, "train_y has labels -1 to 2"),
@@ -56,7 +57,7 @@ BAD_DATA = {
     "label without end": ({"train_y": GOOD["train_y"] + 10**9}, "0 to 999 at most"),
     "labels of 64 bits": ({"train_y": GOOD["train_y"].astype(np.uint64) + 2**63}, "0 to 999 at most"),
     "an array missing": ({"test_y": None}, "test_y"),
-    "objects": ({"train_y": np.array([print] * 20)}, "not a data set"),
+    "objects": ({"train_y": np.array([print] * 20)}, "no data set"),
 }
 
 
@@ -126,6 +127,18 @@ def test_wrong_and_hostile_weights(checkpoint, tmp_path):
     refused("no file")
     assert not (tmp_path / "pwned").exists()
     load_model(checkpoint)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_strangers_weights(tmp_path, new):
+    """As any version of torch has saved them; code and numpy's scalars are named, not run."""
+    path, weights = tmp_path / "weights.pt", {"w": torch.ones(3)}
+    torch.save(weights, path, _use_new_zipfile_serialization=new)
+    assert_same(load_file(path), weights)
+    for extra, name in ((argparse.Namespace(lr=1), "argparse.Namespace"), (np.float64(3), "numpy.*scalar")):
+        torch.save(weights | {"args": extra}, path, _use_new_zipfile_serialization=new)
+        with pytest.raises(ValueError, match=f"weights.pt holds {name}, code that is not run: save"):
+            load_file(path)
 
 
 def test_a_flipped_bit_is_noticed(checkpoint, tmp_path):

@@ -90,7 +90,9 @@ def test_without_lambdas_it_is_n_fgsm_bit_for_bit(cli, tmp_path):
     [("8", (1.5, 0.15)), ("12", (5, 0.55)), ("16", (8.5, 1.5)), ("32", (2.75, 0.75)), ("13 --lambda-2 0", (0, 0.55)),
      ("8 --dataset cifar100", (1.5, 0.15)), ("16 --dataset cifar100", (6, 0.5))],
 )  # fmt: skip
-def test_lambdas_follow_eps_and_data_set(monkeypatch, flags, expected):
+def test_lambdas_follow_eps_and_data_set(monkeypatch, capsys, flags, expected):
     monkeypatch.setattr("sys.argv", ["train_n_aaer.py", "--eps", *flags.split()])
     args = train_n_aaer.parse_args()
     assert (args.lambda_2, args.lambda_3) == expected and args.lambda_1 == 1
+    note = "note: the authors name no lambdas for eps 13: taking those for eps 12\n"
+    assert capsys.readouterr().err == (note if flags.startswith("13") else "")

@@ -214,10 +214,9 @@ def test_free_steps_stay_in_ball_and_box(smooth):
 
 def test_free_training_is_the_obvious_loop(cli, tmp_path):
     """Three batches, three replays, float32 and no dropout, written out the slow way."""
-    flags = f"{SMALL} --limit-train 96 --epochs 1 --replays 3 --lr-max 0.05 --precision fp32 --dropout 0 --out {tmp_path / 'run'}"
-    assert cli(train_free, flags)[0] == 0
-    state, args = load_file(tmp_path / "run/checkpoint.pt"), parsed(train_free, flags)
-    data = common.load_data(args)
+    flags = f"{SMALL} --limit-train 96 --epochs 1 --replays 3 --lr-max 0.05 --precision fp32 --dropout 0"
+    assert cli(train_free, f"{flags} --out {tmp_path}")[0] == 0
+    state, data = load_file(tmp_path / "checkpoint.pt"), common.load_data(parsed(train_free, flags))
     torch.manual_seed(0)
     model = WideResNet(10, 1, 10, 0.0, data.mean, data.std).to(memory_format=torch.channels_last)
     velocity = [torch.zeros_like(p) for p in model.parameters()]

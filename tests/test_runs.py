@@ -1,6 +1,7 @@
-"""What a run does beside training: files, resumption, and what each mistake says."""
+"""What a run does besides training: files, resumption, and what each mistake says."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,16 @@ import bookkeeping
 import common
 import train_fgsm
 import train_slat
-from conftest import SCRIPTS, SMALL, TINY, assert_same, assert_same_run, train
+from conftest import SCRIPTS, SMALL, TINY, assert_same, assert_same_run, run_main
 from wrn import WideResNet, load_file
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of three epochs, two steps each. Copy it before you change it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert run_main(train_fgsm, f"{SMALL} --epochs 3 --limit-train 64 --out {folder}") == 0
+    return folder
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
@@ -41,29 +50,42 @@ def test_deterministic_algorithms_are_asked_for(cli, tmp_path, monkeypatch):
     assert_same(load_file(tmp_path / "a/model.pt"), load_file(tmp_path / "b/model.pt"))
 
 
-@pytest.mark.parametrize("fault", [KeyboardInterrupt(), torch.OutOfMemoryError()])
+KILL = KeyboardInterrupt()
+
+
 @pytest.mark.parametrize(
-    ("place", "name", "call", "saved"),  # what stops in which call, and the epochs that are in the checkpoint then
-    [(bookkeeping.Run, "log", 1, 0), (bookkeeping.Run, "log", 4, 1), (bookkeeping, "monitor", 3, 2),
-     (bookkeeping, "write_text", 3, 2)],
-)  # fmt: skip
-def test_a_fault_at_any_moment_loses_the_epoch_in_hand(cli, tmp_path, monkeypatch, fault, place, name, call, saved):
-    flags, plain, calls = f"{SMALL} --epochs 3 --limit-train 64 --out {tmp_path}", getattr(place, name), []
-    assert cli(train_fgsm, f"{flags}/whole")[0] == 0
+    ("place", "call", "fault", "code", "message", "saved"),  # saved: the epochs that are in the checkpoint then
+    [
+        ("log", 1, KILL, 130, "interrupted: --resume", 0),
+        ("log", 4, torch.OutOfMemoryError(), 1, "out of device memory", 1),
+        ("monitor", 3, KILL, 130, "interrupted", 2),
+        ("checkpoint.pt", 2, OSError(28, "No space left"), 2, "No space left: {run}/checkpoint.pt\n", 1),
+        ("checkpoint.pt", 2, KILL, 130, "interrupted", 1),
+        ("metrics.jsonl", 2, KILL, 130, "interrupted", 2),
+    ],
+)
+def test_a_fault_loses_the_epoch_in_hand(
+    cli, refused, finished, tmp_path, monkeypatch, place, call, fault, code, message, saved
+):
+    """In the given call of Run.log or monitor, or before that file is put in place that many times."""
+    run = tmp_path / "run"
+    flags, calls = f"{SMALL} --epochs 3 --limit-train 64 --out {run}", []
+    owner, name = {"log": (bookkeeping.Run, "log"), "monitor": (bookkeeping, "monitor")}.get(place, (os, "replace"))
+    plain = getattr(owner, name)
 
     def fail(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
+        calls.append(name != "replace" or Path(args[1]).name == place)
+        if calls[-1] and sum(calls) == call:
             raise fault
         return plain(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, fail)
-        assert cli(train_fgsm, f"{flags}/killed")[0] == (130 if isinstance(fault, KeyboardInterrupt) else 1)
-    checkpoint = tmp_path / "killed/checkpoint.pt"
-    assert saved == (len(load_file(checkpoint)["rows"]) if checkpoint.exists() else 0)
-    assert cli(train_fgsm, f"{flags}/killed --resume")[0] == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+        patch.setattr(owner, name, fail)
+        refused(train_fgsm, flags, message.format(run=run), code=code)
+    assert not list(run.glob("*.new"))
+    assert saved == (len(load_file(run / "checkpoint.pt")["rows"]) if (run / "checkpoint.pt").exists() else 0)
+    assert cli(train_fgsm, f"{flags} --resume")[0] == 0
+    assert_same_run(finished, run)
 
 
 def test_the_accuracies_need_less_memory_than_training(cli, tmp_path, monkeypatch):
@@ -73,7 +95,7 @@ def test_the_accuracies_need_less_memory_than_training(cli, tmp_path, monkeypatc
     def watched(model, x, *args, **kwargs):
         if not model.training:
             assert not any(weight.requires_grad for weight in model.parameters())
-            assert load_file(tmp_path / "run/checkpoint.pt")["rows"][-1].keys() == EPOCH
+            assert "test_clean" not in load_file(tmp_path / "run/checkpoint.pt")["rows"][-1]
             sizes.add(len(x))
         return forward(model, x, *args, **kwargs)
 
@@ -82,23 +104,20 @@ def test_the_accuracies_need_less_memory_than_training(cli, tmp_path, monkeypatc
     assert max(sizes) == 32
 
 
-EPOCH = {"epoch", "step", "lr", "loss", "train_acc", "seconds", "images_per_second"}
-
-
-def test_a_folder_is_for_one_process_at_a_time(cli, tmp_path):
-    fcntl, run = pytest.importorskip("fcntl"), train("fgsm", 1, tmp_path / "run")
+def test_a_folder_is_for_one_process_at_a_time(cli, refused, finished, tmp_path):
+    fcntl, run = pytest.importorskip("fcntl"), shutil.copytree(finished, tmp_path / "run")
     other = os.open(run, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
     before = {path: path.read_bytes() for path in run.iterdir()}
+    flags = f"{SMALL} --epochs 3 --limit-train 64 --out {run}"
     for more in ("", "--resume", "--overwrite"):
-        code, _, err = cli(train_fgsm, f"{SMALL} --epochs 1 --out {run} {more}")
-        assert code == 2 and err.count("\n") == 1 and "another process is training in" in err
+        refused(train_fgsm, f"{flags} {more}", "another process is training in")
     assert before == {path: path.read_bytes() for path in run.iterdir()}
     os.close(other)
-    assert cli(train_fgsm, f"{SMALL} --epochs 1 --out {run} --resume")[0] == 0
+    assert cli(train_fgsm, f"{flags} --resume")[0] == 0
 
 
-def test_a_resume_wants_the_same_images(cli, tmp_path):
+def test_a_resume_wants_the_same_images(cli, refused, tmp_path):
     with np.load(TINY) as file:
         arrays = {key: file[key][:64] for key in file.files}
     flags = f"{SMALL} --dataset {tmp_path / 'data.npz'} --epochs 1 --out {tmp_path / 'run'}"
@@ -106,8 +125,7 @@ def test_a_resume_wants_the_same_images(cli, tmp_path):
     assert cli(train_fgsm, flags)[0] == 0
     for change in ({"train_x": 255 - arrays["train_x"]}, {key: arrays[key][:40] for key in ("test_x", "test_y")}):
         np.savez(tmp_path / "data.npz", **arrays | change)
-        code, _, err = cli(train_fgsm, f"{flags} --resume")
-        assert code == 2 and err.count("\n") == 1 and "cannot resume" in err and "data was {" in err
+        refused(train_fgsm, f"{flags} --resume", "cannot resume", "data was {")
 
 
 def test_a_warning_names_the_epoch(cli, tmp_path, monkeypatch):
@@ -124,71 +142,63 @@ def test_a_warning_names_the_epoch(cli, tmp_path, monkeypatch):
     assert not torch.equal(best, last)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(cli, tmp_path):
-    run = tmp_path / "run"
-    code, _, err = cli(train_fgsm, f"{SMALL} --epochs 2 --lr-max 1e30 --out {run}")
-    assert code == 1 and err.count("\n") == 1 and "not finite in epoch 1" in err and "--lr-max" in err
-    assert {path.name for path in run.iterdir()} == {"config.json"}
+def test_a_loss_that_is_not_finite_ends_the_run(refused, tmp_path):
+    flags = f"{SMALL} --epochs 2 --lr-max 1e30 --out {tmp_path}"
+    refused(train_fgsm, flags, "not finite in epoch 1", "--lr-max", code=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_weights_that_explode_in_an_epochs_last_step_are_not_saved(cli, tmp_path, monkeypatch):
-    """The losses of that epoch are all finite."""
-    run, plain, made = tmp_path / "run", torch.optim.SGD.step, []
+@pytest.mark.parametrize(("name", "value"), [("weights", "inf"), ("loss", "nan")])
+def test_an_epoch_with_weights_or_losses_that_are_not_finite_is_not_saved(refused, tmp_path, monkeypatch, name, value):
+    """Weights may explode in an epoch's last step, after its last loss; a loss may be bad and the weights not yet."""
+    plain, made = bookkeeping.Run.log, []
 
-    def step(self, *args, **kwargs):
-        plain(self, *args, **kwargs)
+    def log(self, loss, logits, y):
         made.append(1)
-        if len(made) == 8:  # of four steps an epoch
-            self.param_groups[0]["params"][0].data[0] = float("inf")
+        if len(made) == 8 and name == "weights":  # of four steps an epoch
+            next(self.model.parameters()).data[0] = float(value)
+        plain(self, loss * float(value) if len(made) == 8 and name == "loss" else loss, logits, y)
 
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
-    code, _, err = cli(train_fgsm, f"{SMALL} --epochs 3 --out {run}")
-    assert code == 1 and err.count("\n") == 1 and "not finite in epoch 2" in err
-    for name in ("best.pt", "checkpoint.pt"):
-        assert all(w.isfinite().all() for w in load_file(run / name)["state_dict"].values())
-    assert len(load_file(run / "checkpoint.pt")["rows"]) == 1
-
-
-BAD_FLAGS = [
-    ("--eps 256", "256 is out of range"),
-    ("--eps eight", "'eight' is not a number"),
-    ("--depth 12", "6n + 4"),
-    ("--epochs 1.5", "'1.5' is not a whole number"),
-    ("--batch-size 5000", "lower --batch-size"),
-    ("--lr-max inf", "--lr-max"),
-    ("--dropout 1", "less than 1"),
-    ("--device cuda:77", "no device 'cuda:77'"),
-    ("--device tpu", "no device 'tpu'"),
-    ("--precision fp16", "--precision"),
-    ("--dataset imagenet", "no data set 'imagenet'"),
-    ("--resume", "no run to resume"),
-    ("--resume --overwrite", "--overwrite"),
-    ("--seed -1", "--seed"),
-    ("--eps", "expected one argument"),
-    ("--alpha 8", "8 is out of range"),
-    ("extra", "unrecognized arguments: extra"),
-]
-BAD_OWN_FLAGS = [
-    ("n_fgsm", "--noise -1", "--noise"),
-    ("fgsm_ckpt", "--checkpoints 0", "--checkpoints"),
-    ("yopo", "--inner 1.5", "--inner"),
-    ("pgd", "--init random", "--init"),
-]
-BAD_SLAT_FLAGS = [
-    ("--layers 0,conv9", "'conv9' is unknown"),
-    ("--layers 0,0", "'0' is unknown or twice"),
-    ("--layers ,", "''"),
-    ("--input-step x", "--input-step"),
-]
+    monkeypatch.setattr(bookkeeping.Run, "log", log)
+    refused(train_fgsm, f"{SMALL} --epochs 3 --out {tmp_path}", "not finite in epoch 2", code=1)
+    for file in ("best.pt", "checkpoint.pt"):
+        assert all(w.isfinite().all() for w in load_file(tmp_path / file)["state_dict"].values())
+    assert len(load_file(tmp_path / "checkpoint.pt")["rows"]) == 1
 
 
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
-    [("fgsm", *case) for case in BAD_FLAGS] + [("slat", *case) for case in BAD_SLAT_FLAGS] + BAD_OWN_FLAGS,
+    [
+        ("fgsm", "--eps 256", "256 is out of range"),
+        ("fgsm", "--eps eight", "'eight' is not a number"),
+        ("fgsm", "--eps", "expected one argument"),
+        ("fgsm", "--depth 12", "6n + 4"),
+        ("fgsm", "--epochs 1.5", "'1.5' is not a whole number"),
+        ("fgsm", "--batch-size 5000", "lower --batch-size"),
+        ("fgsm", "--lr-max inf", "--lr-max"),
+        ("fgsm", "--dropout 1", "less than 1"),
+        ("fgsm", "--seed -1", "--seed"),
+        ("fgsm", "--device cuda:77", "no device 'cuda:77'"),
+        ("fgsm", "--device tpu", "no device 'tpu'"),
+        ("fgsm", "--precision fp16", "--precision"),
+        ("fgsm", "--dataset imagenet", "no data set 'imagenet'"),
+        ("fgsm", "--resume", "no run to resume"),
+        ("fgsm", "--resume --overwrite", "--overwrite"),
+        ("fgsm", "--alpha 8", "8 is out of range"),
+        ("fgsm", "extra", "unrecognized arguments: extra"),
+        ("slat", "--layers 0,conv9", "'conv9' is unknown"),
+        ("slat", "--layers 0,0", "'0' is unknown or twice"),
+        ("slat", "--layers ,", "''"),
+        ("slat", "--input-step x", "--input-step"),
+        ("n_fgsm", "--noise -1", "--noise"),
+        ("fgsm_ckpt", "--checkpoints 0", "--checkpoints"),
+        ("yopo", "--inner 1.5", "--inner"),
+        ("pgd", "--init random", "--init"),
+        ("fgsm_ga", "--compile", "cannot differentiate twice"),
+    ],
 )
-def test_bad_flags_are_one_line_and_write_nothing(cli, tmp_path, script, flags, message):
-    code, _, err = cli(SCRIPTS[script], f"--dataset {TINY} --out {tmp_path / 'run'} {flags}")
-    assert code == 2 and err.count("\n") == 1 and message in err
+def test_bad_flags_are_one_line_and_write_nothing(refused, tmp_path, script, flags, message):
+    refused(SCRIPTS[script], f"{SMALL} --out {tmp_path / 'run'} {flags}", message)
     assert not list(tmp_path.iterdir())
 
 
@@ -200,8 +210,8 @@ def test_bad_flags_are_one_line_and_write_nothing(cli, tmp_path, script, flags, 
         ("--device cuda --precision bf16", {"has_bf16": False}, "no bfloat16 for Tesla T4: give fp32"),
         ("", {"torch.zeros": RuntimeError("no kernel\nMore")}, "no device 'cuda' here that works (no kernel)"),
     ],
-)  # fmt: skip
-def test_what_a_gpu_cannot_do_is_one_line(cli, monkeypatch, flags, changes, message):
+)
+def test_what_a_gpu_cannot_do_is_one_line(refused, monkeypatch, flags, changes, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     if "cuda" in flags:
@@ -209,8 +219,7 @@ def test_what_a_gpu_cannot_do_is_one_line(cli, monkeypatch, flags, changes, mess
     for name, result in changes.items():
         effect = {"side_effect": result} if isinstance(result, Exception) else {"return_value": result}
         monkeypatch.setattr(f"common.{name}", mock.Mock(**effect))
-    code, _, err = cli(train_fgsm, flags)
-    assert code == 2 and err.count("\n") == 1 and message in err
+    refused(train_fgsm, flags, message)
 
 
 def test_a_gpus_random_numbers_are_in_the_checkpoint(monkeypatch):
@@ -222,69 +231,31 @@ def test_a_gpus_random_numbers_are_in_the_checkpoint(monkeypatch):
     assert state.tolist() == [1, 1, 1]
 
 
-def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, tmp_path):
-    flags = f"{SMALL} --epochs 1 --out {tmp_path}"
-    (tmp_path / "notes.txt").write_text("mine")
-    assert cli(train_fgsm, flags)[0] == 0
-    before = (tmp_path / "model.pt").read_bytes()
-    for more, message in (
-        ("", "holds a run"),
-        ("--resume --eps 4", "eps was 8.0 there and is 4.0"),
-        ("--resume --width 2", "width was 1 there and is 2 now"),
-        ("slat --resume", "method was fgsm there and is slat now"),
+def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, refused, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    flags, before = f"{SMALL} --epochs 3 --limit-train 64 --out {run}", (run / "model.pt").read_bytes()
+    (run / "notes.txt").write_text("mine")
+    for script, more, message in (
+        (train_fgsm, "", "holds a run"),
+        (train_fgsm, "--resume --eps 4", "eps was 8.0 there and is 4.0"),
+        (train_fgsm, "--resume --width 2", "width was 1 there and is 2 now"),
+        (train_slat, "--resume", "method was fgsm there and is slat now"),
     ):
-        script = train_slat if more.startswith("slat") else train_fgsm
-        code, _, err = cli(script, f"{flags} {more.removeprefix('slat')}")
-        assert code == 2 and message in err and err.count("\n") == 1
-        assert (tmp_path / "model.pt").read_bytes() == before
+        refused(script, f"{flags} {more}", message)
+        assert (run / "model.pt").read_bytes() == before
     assert cli(train_fgsm, f"{flags} --overwrite --seed 1")[0] == 0
-    assert (tmp_path / "model.pt").read_bytes() != before and (tmp_path / "notes.txt").read_text() == "mine"
-    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
-    code, _, err = cli(train_fgsm, f"{flags} --resume --seed 1")
-    assert code == 2 and "damaged" in err and err.count("\n") == 1
+    assert (run / "model.pt").read_bytes() != before and (run / "notes.txt").read_text() == "mine"
+    (run / "checkpoint.pt").write_bytes(b"damaged")
+    refused(train_fgsm, f"{flags} --resume --seed 1", "damaged")
 
 
-def test_a_run_folder_that_cannot_be(cli, tmp_path):
+def test_a_run_folder_that_cannot_be(refused, tmp_path):
     (tmp_path / "file").write_text("")
     for out, message in (("file", "File exists"), ("file/run", "Not a directory")):
-        code, _, err = cli(train_fgsm, f"{SMALL} --out {tmp_path / out}")
-        assert code == 2 and message in err and err.count("\n") == 1
+        refused(train_fgsm, f"{SMALL} --out {tmp_path / out}", message)
 
 
-def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(cli, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    replaced = []
-
-    def replace(new, path, original=common.os.replace):
-        if Path(path).name == "checkpoint.pt" and replaced.count("checkpoint.pt") == 1:
-            raise OSError(28, "No space left on device")
-        replaced.append(Path(path).name)
-        original(new, path)
-
-    monkeypatch.setattr(common.os, "replace", replace)
-    code, _, err = cli(train_fgsm, f"{SMALL} --epochs 3 --out {run}")
-    assert code == 2 and err == f"train_fgsm.py: error: No space left on device: {run}/checkpoint.pt\n"
-    assert len(load_file(run / "checkpoint.pt")["rows"]) == 1 and not list(run.glob("*.new"))
-
-
-@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, fault):
-    path = tmp_path / "checkpoint.pt"
-    common.write_text(path, "old")
-
-    def fsync(_):  # half-way: the new bytes are in the file beside it
-        raise fault
-
-    monkeypatch.setattr(common.os, "fsync", fsync)
-    with pytest.raises(type(fault)):
-        common.write_text(path, "new")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_download_that_fails_names_the_flag_for_local_data(cli, tmp_path, monkeypatch):
-    def no_network(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
-    code, _, err = cli(train_slat, f"--eps 8 --layers 0,conv1,conv2 --out {tmp_path / 'run'}")
-    assert code == 2 and err.count("\n") == 1 and "--data-dir" in err and "no route to host" in err
+def test_a_download_that_fails_names_the_flags_for_local_data(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", mock.Mock(side_effect=OSError("no route to host")))
+    flags = f"--eps 8 --layers 0,conv1,conv2 --out {tmp_path / 'run'}"
+    refused(train_slat, flags, "--data-dir", "--dataset FILE.npz", "no route to host")

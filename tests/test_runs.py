@@ -31,7 +31,7 @@ def finished(tmp_path_factory):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
 def test_random_kills():
     """The short version of faults.py."""
-    command = [sys.executable, "tests/faults.py", "--kills", "3", "--only", "slat,evaluation"]
+    command = [sys.executable, "tests/faults.py", "--kills", "2", "--only", "slat,evaluation"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
     assert out.count("all as uninterrupted") == 2
 

@@ -72,7 +72,8 @@ def test_offsets_and_flips_are_uniform():
     assert abs((position >= 4).double().mean() - 0.5) < 0.03
 
 
-def test_torchvisions_data_set_is_read_as_the_npz_is(tiny, monkeypatch):
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_torchvisions_data_sets_are_read_as_the_npz_is(tiny, monkeypatch, name):
     class Downloaded:
         classes = tiny.classes
 
@@ -81,9 +82,9 @@ def test_torchvisions_data_set_is_read_as_the_npz_is(tiny, monkeypatch):
             images, labels = (tiny.train_x[:, 4:-4, 4:-4], tiny.train_y) if train else (tiny.test_x, tiny.test_y)
             self.data, self.targets = images.numpy(), labels.tolist()
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Downloaded)
-    arrays, classes = common.load_arrays("cifar10", "somewhere")
-    data = common.Data("cifar10", classes, arrays, "cpu")
+    monkeypatch.setattr(torchvision.datasets, name.upper(), Downloaded)
+    arrays, classes = common.load_arrays(name, "somewhere")
+    data = common.Data(name, classes, arrays, "cpu")
     assert classes == tiny.classes and data.mean == tiny.mean
     assert torch.equal(data.train_x, tiny.train_x) and torch.equal(data.test_y, tiny.test_y)
 

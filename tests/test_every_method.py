@@ -147,23 +147,6 @@ def test_help_shows_every_flag(cli, name):
     assert len(inspect.getsource(SCRIPTS[name]).splitlines()) <= 100
 
 
-class Recorded:
-    """Stands in for a script's WideResNet: builds the network, freezes its last layer, remembers its weights."""
-
-    def __init__(self, build):
-        self.build = build
-
-    def __call__(self, *args, **kwargs):
-        self.model = self.build(*args, **kwargs)
-        for parameter in self.frozen():
-            parameter.requires_grad_(False)
-        self.before = copy.deepcopy(self.model.state_dict())
-        return self.model
-
-    def frozen(self):
-        return list(self.model.parameters())[-2:]
-
-
 def shufflenet(*_, num_classes, **__):
     model = torchvision.models.shufflenet_v2_x0_5(num_classes=num_classes)
     model.arguments = {"depth": 2, "width": 0.5, "dropout": 0}
@@ -174,17 +157,24 @@ def shufflenet(*_, num_classes, **__):
 def test_the_method_can_be_pasted(cli, monkeypatch, tmp_path, name):
     """Its source alone, with torch and F, trains a torchvision network (or what has the features that it needs)."""
     source = inspect.getsource(getattr(SCRIPTS[name], name))
-    names = {"torch": torch, "F": F}
+    names, made = {"torch": torch, "F": F}, []
     exec(source, names)
-    network = Recorded(WideResNet if "return_features" in source else shufflenet)
+    build = WideResNet if "return_features" in source else shufflenet
+
+    def network(*args, **kwargs):  # its last layer is frozen
+        made.append(build(*args, **kwargs))
+        for parameter in list(made[0].parameters())[-2:]:
+            parameter.requires_grad_(False)
+        made.append(copy.deepcopy(made[0].state_dict()))
+        return made[0]
+
     monkeypatch.setattr(SCRIPTS[name], name, names[name])
     monkeypatch.setattr(SCRIPTS[name], "WideResNet", network)
     code, _, err = cli(SCRIPTS[name], f"{SMALL} --limit-train 64 --monitor 1 --epochs 1 --out {tmp_path}/run")
     assert code == 0, err
-    after = dict(network.model.named_parameters())
-    assert not any(parameter.requires_grad for parameter in network.frozen())
-    moved = {key for key in after if not torch.equal(after[key], network.before[key])}
-    assert moved == {key for key, parameter in after.items() if parameter.requires_grad}
+    moved = {key: not torch.equal(parameter, made[1][key]) for key, parameter in made[0].named_parameters()}
+    assert moved == {key: parameter.requires_grad for key, parameter in made[0].named_parameters()}
+    assert list(moved.values())[-2:] == [False, False] and any(moved.values())
 
 
 @every_method

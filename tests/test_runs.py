@@ -55,15 +55,11 @@ KILL = KeyboardInterrupt()
 
 @pytest.mark.parametrize(
     ("place", "call", "fault", "code", "message", "saved"),  # saved: the epochs that are in the checkpoint then
-    [
-        ("log", 1, KILL, 130, "interrupted: --resume", 0),
-        ("log", 4, torch.OutOfMemoryError(), 1, "out of device memory", 1),
-        ("monitor", 3, KILL, 130, "interrupted", 2),
-        ("checkpoint.pt", 2, OSError(28, "No space left"), 2, "No space left: {run}/checkpoint.pt\n", 1),
-        ("checkpoint.pt", 2, KILL, 130, "interrupted", 1),
-        ("metrics.jsonl", 2, KILL, 130, "interrupted", 2),
-    ],
-)
+    [("log", 1, KILL, 130, "interrupted: --resume", 0), ("log", 4, torch.OutOfMemoryError(), 1, "device memory", 1),
+     ("monitor", 3, KILL, 130, "interrupted", 2), ("checkpoint.pt", 2, KILL, 130, "interrupted", 1),
+     ("checkpoint.pt", 2, OSError(28, "No space left"), 2, "No space left: {run}/checkpoint.pt\n", 1),
+     ("metrics.jsonl", 2, KILL, 130, "interrupted", 2)],
+)  # fmt: skip
 def test_a_fault_loses_the_epoch_in_hand(
     cli, refused, finished, tmp_path, monkeypatch, place, call, fault, code, message, saved
 ):
@@ -168,35 +164,20 @@ def test_an_epoch_with_weights_or_losses_that_are_not_finite_is_not_saved(refuse
 
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
-    [
-        ("fgsm", "--eps 256", "256 is out of range"),
-        ("fgsm", "--eps eight", "'eight' is not a number"),
-        ("fgsm", "--eps", "expected one argument"),
-        ("fgsm", "--depth 12", "6n + 4"),
-        ("fgsm", "--epochs 1.5", "'1.5' is not a whole number"),
-        ("fgsm", "--batch-size 5000", "lower --batch-size"),
-        ("fgsm", "--lr-max inf", "--lr-max"),
-        ("fgsm", "--dropout 1", "less than 1"),
-        ("fgsm", "--seed -1", "--seed"),
-        ("fgsm", "--device cuda:77", "no device 'cuda:77'"),
-        ("fgsm", "--device tpu", "no device 'tpu'"),
-        ("fgsm", "--precision fp16", "--precision"),
-        ("fgsm", "--dataset imagenet", "no data set 'imagenet'"),
-        ("fgsm", "--resume", "no run to resume"),
-        ("fgsm", "--resume --overwrite", "--overwrite"),
-        ("fgsm", "--alpha 8", "8 is out of range"),
-        ("fgsm", "extra", "unrecognized arguments: extra"),
-        ("slat", "--layers 0,conv9", "'conv9' is unknown"),
-        ("slat", "--layers 0,0", "'0' is unknown or twice"),
-        ("slat", "--layers ,", "''"),
-        ("slat", "--input-step x", "--input-step"),
-        ("n_fgsm", "--noise -1", "--noise"),
-        ("fgsm_ckpt", "--checkpoints 0", "--checkpoints"),
-        ("yopo", "--inner 1.5", "--inner"),
-        ("pgd", "--init random", "--init"),
-        ("fgsm_ga", "--compile", "cannot differentiate twice"),
-    ],
-)
+    [("fgsm", "--eps 256", "256 is out of range"), ("fgsm", "--eps eight", "'eight' is not a number"),
+     ("fgsm", "--eps", "expected one argument"), ("fgsm", "--depth 12", "6n + 4"),
+     ("fgsm", "--epochs 1.5", "'1.5' is not a whole number"), ("fgsm", "--batch-size 5000", "lower --batch-size"),
+     ("fgsm", "--lr-max inf", "--lr-max"), ("fgsm", "--dropout 1", "less than 1"), ("fgsm", "--seed -1", "--seed"),
+     ("fgsm", "--device cuda:77", "no device 'cuda:77'"), ("fgsm", "--device tpu", "no device 'tpu'"),
+     ("fgsm", "--precision fp16", "--precision"), ("fgsm", "--dataset imagenet", "no data set 'imagenet'"),
+     ("fgsm", "--resume", "no run to resume"), ("fgsm", "--resume --overwrite", "--overwrite"),
+     ("fgsm", "--alpha 8", "8 is out of range"), ("fgsm", "extra", "unrecognized arguments: extra"),
+     ("slat", "--layers 0,conv9", "'conv9' is unknown"), ("slat", "--layers 0,0", "'0' is unknown or twice"),
+     ("slat", "--layers ,", "''"), ("slat", "--input-step x", "--input-step"),
+     ("n_fgsm", "--noise -1", "--noise"), ("fgsm_ckpt", "--checkpoints 0", "--checkpoints"),
+     ("yopo", "--inner 1.5", "--inner"), ("pgd", "--init random", "--init"),
+     ("fgsm_ga", "--compile", "cannot differentiate twice")],
+)  # fmt: skip
 def test_bad_flags_are_one_line_and_write_nothing(refused, tmp_path, script, flags, message):
     refused(SCRIPTS[script], f"{SMALL} --out {tmp_path / 'run'} {flags}", message)
     assert not list(tmp_path.iterdir())

@@ -21,34 +21,19 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-import torch
-
 import common
 import eval_attacks
 import train_slat
 from conftest import SMALL, assert_same_run, rows, run_main
 
 
-class SlowFile:
+class SlowFile(io.FileIO):
     """A file whose content arrives in pieces."""
-
-    def __init__(self, *args):
-        self.file = open(*args)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
 
     def write(self, content):
         for i in range(8):
-            self.file.write(content[i * len(content) // 8 : (i + 1) * len(content) // 8])
-            self.file.flush()
+            super().write(content[i * len(content) // 8 : (i + 1) * len(content) // 8])
             time.sleep(0.002)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
 
 
 def child(script, arguments):
@@ -59,7 +44,6 @@ def child(script, arguments):
     code = 1
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        torch.set_num_threads(1)
         common.open = SlowFile
         code = run_main(importlib.import_module(script), arguments)
     finally:

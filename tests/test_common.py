@@ -126,7 +126,3 @@ def test_monitor_measures_alignment():
 def test_overfitting_is_recognised(clean, fgsm, pgd10, expected):
     warning = bookkeeping.overfitting({"test_clean": clean, "test_fgsm": fgsm, "test_pgd10": pgd10})
     assert warning is None if expected is None else re.search(expected, warning)
-
-
-def test_clock():
-    assert [common.clock(s) for s in (5, 65, 3661, 800_000)] == ["0:00:05", "0:01:05", "1:01:01", "9 days, 6:13:20"]

@@ -200,12 +200,9 @@ def test_slat_writes_into_no_gradient():
 
 
 def test_features_without_height_and_width_want_no_latent_clamp():
-    fc = torch.nn.Linear(12, 3)
-
-    def tokens(x, delta=None, return_features=False):
-        h = x.flatten(2) + (delta or {}).get("tokens", 0)
-        logits = fc(h.tanh().flatten(1))
-        return (logits, {"tokens": h}) if return_features else logits
+    def tokens(x, return_features):
+        h = x.flatten(2)
+        return h.tanh().sum(2), {"tokens": h}
 
     x, y = torch.rand(2, 3, 2, 2, requires_grad=True), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="latent_clamp=False"):
@@ -220,20 +217,13 @@ def pasting_code(marker):
     return block
 
 
-def test_docs_torchvision_resnet_trains_with_slat(tiny):
-    names = {}
+def test_docs_torchvision_resnet_can_be_trained_with_slat(tiny):
+    names = dict(zip("xy", tiny.train(8)))
     exec(pasting_code("class Hooked"), names)
-    names["x"], names["y"] = tiny.train(8)
-    losses = []
-    optimizer = torch.optim.SGD(names["model"].parameters(), 0.02)
-    for _ in range(5):
-        exec(pasting_code("from train_slat import slat"), names)
-        assert set(names["delta"]) == set(names["layers"])
-        optimizer.zero_grad()
-        names["loss"].backward()
-        optimizer.step()
-        losses.append(names["loss"].item())
-    assert losses[-1] < losses[0]
+    exec(pasting_code("from train_slat import slat"), names)
+    assert names["delta"].keys() == names["layers"].keys()
+    names["loss"].backward()
+    assert all(p.grad.any() for p in names["model"].parameters())
 
 
 @pytest.mark.parametrize(

@@ -95,18 +95,6 @@ def test_zero_grad_leaves_out_the_components_below_the_quantile_of_each_image(bo
     torch.testing.assert_close(found, clip(torch.stack(x_adv), x))
 
 
-class Counting(nn.Module):
-    """Passes everything on to a network and notes the mode and the batch of every call."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network, self.calls = network, []
-
-    def forward(self, *args, **kwargs):
-        self.calls.append((self.training, len(args[0])))
-        return self.network(*args, **kwargs)
-
-
 def test_fgsm_ckpt_trains_on_the_first_point_that_fools(smooth):
     network, *_ = smooth
     torch.manual_seed(1)
@@ -118,7 +106,6 @@ def test_fgsm_ckpt_trains_on_the_first_point_that_fools(smooth):
     y = torch.where(torch.arange(40) % 4 == 0, (clean + 1) % 3, clean)  # every fourth is wrong as it is
     radius = 0.06
     end = seeded(train_fgsm_rs.fgsm_rs, network, x, y, radius, 1.25 * radius)
-    assert network.training
     expected, chosen = end.clone(), []
     for i in range(40):
         for k in range(4):
@@ -128,14 +115,13 @@ def test_fgsm_ckpt_trains_on_the_first_point_that_fools(smooth):
         chosen.append(k)
         expected[i] = point
     assert set(chosen) == {0, 1, 2, 3} and chosen.count(0) == 10  # every case occurs
-    model = Counting(network)
-    x_adv = seeded(train_fgsm_ckpt.fgsm_ckpt, model, x, y, radius, 1.25 * radius, 3)
+    calls = []
+    network.register_forward_pre_hook(lambda module, images: calls.append((module.training, len(images[0]))))
+    x_adv = seeded(train_fgsm_ckpt.fgsm_ckpt, network, x, y, radius, 1.25 * radius, 3)
     torch.testing.assert_close(x_adv, expected)
     assert torch.equal(x_adv[0], x[0])  # wrong as it is: left clean, to the bit
-    assert model.training
     # One pass for the direction; then each candidate for those that are still undecided. All in eval mode.
-    undecided = [sum(k >= j for k in chosen) for j in range(3)]
-    assert model.calls == [(False, n) for n in (40, *undecided)]
+    assert calls == [(False, n) for n in (40, *(sum(k >= j for k in chosen) for j in range(3)))] and network.training
 
 
 def test_fgsm_ckpt_leaves_statistics_and_modes_as_they_were():

@@ -1,8 +1,9 @@
-"""paper/: figures, results, sweep and toy_2d: their numbers, their files, and that what they print can be run."""
+"""paper/: figures, results, sweep, bench, toy_2d: their numbers, their files, and that what they print can be run."""
 
 import argparse
 import glob
 import json
+import runpy
 import shlex
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 
 import common
 import eval_attacks
-from conftest import SCRIPTS, SMALL, TINY, parsed, run_main
-from paper import figures, results, sweep, toy_2d
+from conftest import ROOT, SCRIPTS, SMALL, TINY, parsed, run_main
+from paper import bench, figures, results, sweep, toy_2d
 from wrn import LAYERS, load_model
 
 
@@ -106,9 +107,10 @@ def result(method, seed, clean, pgd, autoattack=None, usual=(), best=False, **fl
 
 def write_results(folder, found):
     """Paths of JSON files with these results."""
-    for i, content in enumerate(found):
-        (folder / f"{i}.json").write_text(json.dumps(content))
-    return [str(folder / f"{i}.json") for i in range(len(found))]
+    files = [folder / f"{i}.json" for i in range(len(found))]
+    for file, content in zip(files, found):
+        file.write_text(json.dumps(content))
+    return [*map(str, files)]
 
 
 def check_legend(figure):
@@ -126,28 +128,27 @@ def test_legends_tell_runs_apart():
     def config(method="slat", seed=0, **flags):
         return {"method": method, "seed": seed, "eps": 8.0, **flags, "not_default": ["eps", *flags]}
 
-    base = config(batch_size=64)
-    for other, expected in (
-        (config(batch_size=64), ["a", "b"]),  # the folders
-        (config(batch_size=64, seed=1), ["SLAT, seed 0", "SLAT, seed 1"]),
-        (config(batch_size=64, eta=0.5, layers=["0", "conv1"]), ["SLAT", "SLAT, eta 0.5, layers 0,conv1"]),
-        (config(), ["SLAT, batch size 64", "SLAT"]),
-        (config("fgsm", batch_size=64, alpha=0.9), ["SLAT", "FGSM, alpha 0.9"]),
-        (config("new_one", batch_size=64), ["SLAT", "NEW-ONE"]),  # a method that results.py does not know
+    for other, *expected in (
+        (config(batch_size=64), "a", "b"),  # the folders
+        (config(batch_size=64, seed=1), "SLAT, seed 0", "SLAT, seed 1"),
+        (config(batch_size=64, eta=0.5, layers=["0", "conv1"]), "SLAT", "SLAT, eta 0.5, layers 0,conv1"),
+        (config(), "SLAT, batch size 64", "SLAT"),
+        (config("fgsm", batch_size=64, alpha=0.9), "SLAT", "FGSM, alpha 0.9"),
+        (config("new_one", batch_size=64), "SLAT", "NEW-ONE"),  # a method that results.py does not know
     ):
-        labels, styles = zip(*figures.legends(["runs/a", "runs/b"], [base, other]))
+        labels, styles = zip(*figures.legends(["runs/a", "runs/b"], [config(batch_size=64), other]))
         assert list(labels) == expected
         hollow = [", " in label.split(", seed")[0] for label in labels]
         assert [style["markerfacecolor"] == "white" for style in styles] == hollow
         assert ([style["marker"] for style in styles] == ["$0$", "$1$"]) == (other["seed"] == 1)
 
 
-@pytest.mark.parametrize("label", ["SLAT {}", "slat_wrn10-2_epochs8_eps8_layers-0-conv1_seed{}"])
-def test_a_legend_below_hides_nothing(label):
-    figure, axis = figures.pyplot().subplots(figsize=(7, 4), layout="constrained")
-    axis.plot([0, 1], torch.rand(2, 9), label=[label.format(i) for i in range(9)])
-    figures.legend_below(figure, axis)
-    check_legend(figure)
+def test_a_legend_below_hides_nothing():
+    for label in ("SLAT {}", "slat_wrn10-2_epochs8_eps8_layers-0-conv1_seed{}"):
+        figure, axis = figures.pyplot().subplots(figsize=(7, 4), layout="constrained")
+        axis.plot([0, 1], torch.rand(2, 9), label=[label.format(i) for i in range(9)])
+        figures.legend_below(figure, axis)
+        check_legend(figure)
 
 
 def test_table_and_figures_of_results(cli, refused, tmp_path):
@@ -216,7 +217,7 @@ def test_what_is_drawn_over_eps(monkeypatch, tmp_path):
     assert len(colours) == len(methods) + 3 and len(set(colours[:12])) == len(results.METHODS) == 12
 
 
-def test_committed_figures_are_what_the_results_say(monkeypatch):
+def test_committed_figures_and_table_are_what_the_results_say(cli, monkeypatch):
     """Those that need no network: the commands of remake.sh, expanded by the shell, give the committed numbers."""
     script, remade = "results/figures/remake.sh", {}
     out = subprocess.run(["bash", "-c", f'python() {{ echo "$@"; }}; . {script}'], capture_output=True, text=True)
@@ -224,17 +225,12 @@ def test_committed_figures_are_what_the_results_say(monkeypatch):
     monkeypatch.setattr(figures, "write", lambda name, figure, numbers: remade.update({name: numbers}))
     for words in commands:
         if words[0] in ("curves", "alignment", "eps", "eta", "dropout"):
-            monkeypatch.setattr(sys, "argv", ["figures", *words])
-            figures.main()
+            assert cli(figures, " ".join(words))[0] == 0
     assert len(remade) == 7
     for name, numbers in remade.items():
         assert json.loads(Path(f"{name}.json").read_text()) == numbers, f"remake {name}: bash {script}"
-
-
-def test_the_committed_table_is_what_the_results_say(cli):
-    _, out, _ = cli(figures, " ".join(["table", *glob.glob("results/cpu/*.json")]))
-    expected = out.replace("](results/", "](") + "\n" + Path("results/RESULTS.notes.md").read_text()
-    assert Path("results/RESULTS.md").read_text() == expected
+    table = cli(figures, " ".join(["table", *glob.glob("results/cpu/*.json")]))[1].replace("](results/", "](")
+    assert Path("results/RESULTS.md").read_text() == table + "\n" + Path("results/RESULTS.notes.md").read_text()
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"training": {}}', json.dumps(result("slat", 0, "53", 1))])
@@ -265,6 +261,8 @@ def test_errors_are_one_line(refused, runs, monkeypatch):
     refused(figures, f"table {run}/config.json", "does not say how the network was trained")
     refused(figures, f"draw {run}", "draw")
     refused(sweep, "table2 --only pgd", "table2 has no runs of pgd")
+    refused(bench, "--only sgd", "'sgd' is not one of")
+    refused(bench, "--depth 11", "argument --depth: 11 is not 6n + 4")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused(figures, f"curves {run}", "pip install matplotlib")
 
@@ -278,20 +276,19 @@ def parsed_command(command):
 
 # Names by which runs are known that were made elsewhere.
 ROWS = {"eta": "eta-0.6_input-step-0.6", "literal": "input-step-1_no-latent-clamp_dropout-0"}
-ROWS |= {"table3": "layers-0-conv3-conv4_eta-2.7", "table2": "alpha-0.9", "eps": "eps12"}
+ROWS |= {"table3": "layers-0-conv3-conv4_eta-2.7", "table2": "alpha-0.9", "eps": "eps12", "eps16": "eps16"}
 
 
 @pytest.mark.parametrize("name", sweep.SWEEPS)
 def test_every_printed_command_is_understood_by_its_script(cli, tmp_path, name):
     flags = f"--seeds 0,1 --small --best --device cpu --dataset {TINY} --results {tmp_path} --runs {tmp_path}"
-    code, out, _ = cli(sweep, f"{name} {flags}")
-    lines = out.splitlines()
-    assert code == 0 and len(lines) == len(set(lines)) == 2 * len(sweep.SWEEPS[name])
-    assert f"_{ROWS.get(name, 'eps8')}_seed1.json" in out or name == "eps16"
+    lines = cli(sweep, f"{name} {flags}")[1].splitlines()
+    assert len(lines) == len(set(lines)) == 2 * len(sweep.SWEEPS[name])
+    assert any(f"_{ROWS.get(name, 'eps8')}_seed1.json" in line for line in lines)
     for line in lines:
         train, *evaluations = line.split(" && ")
         args = parsed_command(train)
-        assert (args.depth, args.width, args.device) == (10, 2, "cpu")
+        assert (args.depth, args.width, args.device, args.dataset) == (10, 2, "cpu", TINY)
         assert args.epochs == (2 if "free" in line or "yopo" in line else 8)
         run = Path(args.out)
         run.mkdir()  # as the run would
@@ -303,9 +300,13 @@ def test_every_printed_command_is_understood_by_its_script(cli, tmp_path, name):
 
 def test_a_sweep_skips_what_is_done_and_resumes_what_is_broken(cli, tmp_path):
     flags = f"latent-eta --small --runs {tmp_path}/runs --results {tmp_path}/results"
-    lines = cli(sweep, flags)[1].splitlines()
+
+    def left(more=""):
+        return cli(sweep, f"{flags} {more}")[1].splitlines()
+
+    lines = left()
     assert len(lines) == 6 and all("--resume" not in line for line in lines)
-    names = [shlex.split(line)[-1].split("/")[-1].removesuffix(".json") for line in lines]
+    names = [Path(shlex.split(line)[-1]).stem for line in lines]
 
     def finish(name, **other):
         found = {"n": 1000, "search_precision": "bf16", "attacks": {"pgd-50-10": 1, "autoattack": 1}} | other
@@ -315,7 +316,7 @@ def test_a_sweep_skips_what_is_done_and_resumes_what_is_broken(cli, tmp_path):
     for name, file in ((names[1], "model.pt"), (names[2], "config.json")):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / file).write_text("{}")
-    first, second, *rest = cli(sweep, flags)[1].splitlines()
+    first, second, *rest = left()
     assert first.startswith("python eval_attacks.py") and "train" not in first
     assert "--resume &&" in second and rest == lines[3:]
     for name in names:
@@ -325,17 +326,41 @@ def test_a_sweep_skips_what_is_done_and_resumes_what_is_broken(cli, tmp_path):
     # A quick look, other attacks or another precision do not count; nor does the last epoch for the best one.
     for other in ({"n": 20}, {"attacks": {"pgd-50-10": 1}}, {"search_precision": "fp32"}):
         finish(names[3], **other)
-        assert cli(sweep, flags)[1].splitlines() == [lines[3]]
+        assert left() == [lines[3]]
     finish(names[3])
-    assert len(cli(sweep, f"{flags} --attack pgd")[1]) == 0 and cli(sweep, f"{flags} --best")[1].count("best.pt") == 6
-    command = flags.replace("--small", "--depth 10 --width 2 --epochs 8")  # without --n: all images
+    assert not left("--attack pgd") and "".join(left("--best")).count("best.pt") == 6
+    flags = flags.replace("--small", "--depth 10 --width 2 --epochs 8")  # without --n: all images
     finish(names[0], command="python eval_attacks.py runs/x")
-    assert len(cli(sweep, command)[1].splitlines()) == 5
+    assert len(left()) == 5
 
 
-def test_table_4(cli, tmp_path):
-    """CIFAR-100 reaches every script, and with it its authors' constants."""
-    lines = cli(sweep, f"table1 --dataset cifar100 --runs {tmp_path} --results {tmp_path}")[1].splitlines()
-    args = [parsed_command(line.split(" && ")[0]) for line in lines]
-    assert {a.dataset for a in args} == {"cifar100"} and [a.q for a in args if a.method == "zero_grad"] == [0.45]
-    assert len(args) == len(sweep.METHODS)
+TINY_STEPS = "--depth 10 --width 1 --rounds 1 --steps 1 --device cpu --precision fp32"
+
+
+def test_every_contestant_makes_a_step(cli, tmp_path):
+    assert cli(bench, f"{TINY_STEPS} --batch-size 4 --no-memory --json {tmp_path / 'bench.json'}")[::2] == (0, "")
+    rows = json.loads((tmp_path / "bench.json").read_text())["result"]["steps"]
+    assert rows.keys() == {"standard", *SCRIPTS} and rows["standard"]["measured"] == 1
+    assert all(row["images_per_second"] > 0 and row["peak_bytes"] is None for row in rows.values())
+    # A forward pass is 1, a backward pass 1 for activations and 1 for weights, less the gradient at the input.
+    for name, passes in {"standard": 3, "fgsm": 5, "slat": 5, "n_aaer": 5, "pgd": 17, "elle": 14, "free": 3}.items():
+        assert passes - 0.2 < rows[name]["passes"] <= passes, name
+    assert rows["free"]["passes"] == 3 and 15 < rows["yopo"]["passes"] < 16.5 and 11 < rows["fgsm_ga"]["passes"] < 11.5
+
+
+def test_peak_memory(cli, tmp_path):
+    assert cli(bench, f"{TINY_STEPS} --batch-size 64 --only standard,slat --json {tmp_path / 'bench.json'}")[0] == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["result"]["steps"]
+    assert 3e7 < rows["standard"]["peak_bytes"] < rows["slat"]["peak_bytes"] < 1.5e8
+
+
+def test_a_new_script_is_found(tmp_path, monkeypatch):
+    """By the sweep and the bench, without an entry anywhere; conftest finds it for the tests in the same way."""
+    source = (ROOT / "train_fgsm.py").read_text()
+    (tmp_path / "train_zzz.py").write_text(source.replace("def fgsm(", "def zzz(").replace(" fgsm(model", " zzz(model"))
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        names = runpy.run_path(str(ROOT / "paper/sweep.py"))
+        assert names["METHODS"] == [method for method, _ in names["SWEEPS"]["eps16"]] == ["zzz"]
+        assert names["epochs_of"]("zzz", 8) == 8
+    assert bench.CONTESTANTS == ("standard", *sweep.METHODS) and set(sweep.METHODS) == SCRIPTS.keys()

@@ -1,9 +1,14 @@
-"""What a run does besides training: files, resumption, and what each mistake says."""
+"""What a run does besides training: files, resumption, and what each mistake and each damaged or hostile file says."""
 
+import io
+import json
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -16,15 +21,17 @@ import bookkeeping
 import common
 import train_fgsm
 import train_slat
-from conftest import SCRIPTS, SMALL, TINY, assert_same, assert_same_run, run_main
-from wrn import WideResNet, load_file
+from conftest import SCRIPTS, SMALL, assert_same, assert_same_run, run_main
+from wrn import WideResNet, load_file, load_model
+
+FINISHED = f"{SMALL} --epochs 3 --limit-train 64"
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a run of three epochs, two steps each. Copy it before you change it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    assert run_main(train_fgsm, f"{SMALL} --epochs 3 --limit-train 64 --out {folder}") == 0
+    assert run_main(train_fgsm, f"{FINISHED} --out {folder}") == 0
     return folder
 
 
@@ -65,7 +72,7 @@ def test_a_fault_loses_the_epoch_in_hand(
 ):
     """In the given call of Run.log or monitor, or before that file is put in place that many times."""
     run = tmp_path / "run"
-    flags, calls = f"{SMALL} --epochs 3 --limit-train 64 --out {run}", []
+    flags, calls = f"{FINISHED} --out {run}", []
     owner, name = {"log": (bookkeeping.Run, "log"), "monitor": (bookkeeping, "monitor")}.get(place, (os, "replace"))
     plain = getattr(owner, name)
 
@@ -105,23 +112,12 @@ def test_a_folder_is_for_one_process_at_a_time(cli, refused, finished, tmp_path)
     other = os.open(run, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
     before = {path: path.read_bytes() for path in run.iterdir()}
-    flags = f"{SMALL} --epochs 3 --limit-train 64 --out {run}"
+    flags = f"{FINISHED} --out {run}"
     for more in ("", "--resume", "--overwrite"):
         refused(train_fgsm, f"{flags} {more}", "another process is training in")
     assert before == {path: path.read_bytes() for path in run.iterdir()}
     os.close(other)
     assert cli(train_fgsm, f"{flags} --resume")[0] == 0
-
-
-def test_a_resume_wants_the_same_images(cli, refused, tmp_path):
-    with np.load(TINY) as file:
-        arrays = {key: file[key][:64] for key in file.files}
-    flags = f"{SMALL} --dataset {tmp_path / 'data.npz'} --epochs 1 --out {tmp_path / 'run'}"
-    np.savez(tmp_path / "data.npz", **arrays)
-    assert cli(train_fgsm, flags)[0] == 0
-    for change in ({"train_x": 255 - arrays["train_x"]}, {key: arrays[key][:40] for key in ("test_x", "test_y")}):
-        np.savez(tmp_path / "data.npz", **arrays | change)
-        refused(train_fgsm, f"{flags} --resume", "cannot resume", "data was {")
 
 
 def test_a_warning_names_the_epoch(cli, tmp_path, monkeypatch):
@@ -203,9 +199,9 @@ def test_a_gpus_random_numbers_are_in_the_checkpoint(monkeypatch):
     assert state.tolist() == [1, 1, 1]
 
 
-def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, refused, finished, tmp_path):
+def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, refused, finished, tmp_path, monkeypatch):
     run = shutil.copytree(finished, tmp_path / "run")
-    flags, before = f"{SMALL} --epochs 3 --limit-train 64 --out {run}", (run / "model.pt").read_bytes()
+    flags, before = f"{FINISHED} --out {run}", (run / "model.pt").read_bytes()
     (run / "notes.txt").write_text("mine")
     for script, more, message in (
         (train_fgsm, "", "holds a run"),
@@ -215,6 +211,11 @@ def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, ref
     ):
         refused(script, f"{flags} {more}", message)
         assert (run / "model.pt").read_bytes() == before
+    arrays, classes = common.load_arrays(json.loads((run / "config.json").read_text())["dataset"], None)
+    for change in ({"train_x": 255 - arrays["train_x"]}, {key: arrays[key][:40] for key in ("test_x", "test_y")}):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "load_arrays", mock.Mock(return_value=(arrays | change, classes)))
+            refused(train_fgsm, f"{flags} --resume", "cannot resume", "data was {")
     assert cli(train_fgsm, f"{flags} --overwrite --seed 1")[0] == 0
     assert (run / "model.pt").read_bytes() != before and (run / "notes.txt").read_text() == "mine"
     (run / "checkpoint.pt").write_bytes(b"damaged")
@@ -225,3 +226,144 @@ def test_a_download_that_fails_names_the_flags_for_local_data(refused, tmp_path,
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", mock.Mock(side_effect=OSError("no route to host")))
     flags = f"--eps 8 --layers 0,conv1,conv2 --out {tmp_path / 'run'}"
     refused(train_slat, flags, "--data-dir", "--dataset FILE.npz", "no route to host")
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def saved(arrays):
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+GOOD = {"train_x": IMAGES, "train_y": np.arange(20) % 4, "test_x": IMAGES[:5], "test_y": np.arange(5) % 4}
+BAD_DATA = {
+    "float images": ({"train_x": IMAGES.astype(np.float32)}, "it must be uint8"),
+    "four channels": ({"train_x": IMAGES.repeat(2, -1)[..., :4]}, "(N, H, W, 3)"),
+    "no images": ({"train_x": IMAGES[:0], "train_y": GOOD["train_y"][:0]}, "it must be uint8"),
+    "no pixels": ({"test_x": GOOD["test_x"][:, :0]}, "it must be uint8"),
+    "other sizes": ({"test_x": GOOD["test_x"][:, :6]}, "different sizes"),
+    "labels too few": ({"train_y": GOOD["train_y"][:-1]}, "whole numbers (20,)"),
+    "labels with fractions": ({"test_y": GOOD["test_y"] + 0.5}, "whole numbers (5,)"),
+    "label below zero": ({"train_y": GOOD["train_y"] - 1}, "train_y has labels -1 to 2"),
+    "label of no class": ({"test_y": GOOD["test_y"] + 3}, "test_y has labels 3 to 6, it must have 0 to 3"),
+    "label without end": ({"train_y": GOOD["train_y"] + 10**9}, "0 to 999 at most"),
+    "labels of 64 bits": ({"train_y": GOOD["train_y"].astype(np.uint64) + 2**63}, "0 to 999 at most"),
+    "an array missing": ({"test_y": None}, "test_y"),
+    "objects": ({"train_y": np.array([print] * 20)}, "not a data set"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_wrong_data(refused, tmp_path, name):
+    change, message = BAD_DATA[name]
+    (tmp_path / "data.npz").write_bytes(saved({k: v for k, v in (GOOD | change).items() if v is not None}))
+    refused(train_fgsm, f"--dataset {tmp_path / 'data.npz'} --out {tmp_path / 'run'}", "data.npz", message)
+
+
+def test_damaged_and_hostile_data(cli, refused, tmp_path):
+    path, trap, packed = tmp_path / "data.npz", pickle.dumps(Payload(tmp_path / "pwned")), io.BytesIO()
+    flags = f"--dataset {path} --depth 10 --width 1 --batch-size 4 --epochs 1 --device cpu --out {tmp_path / 'run'}"
+    with zipfile.ZipFile(packed, "w") as file:
+        for name in GOOD:
+            file.writestr(f"{name}.npy", trap)
+    for content in (trap, packed.getvalue(), saved(GOOD)[:-900], b"hello", b""):
+        path.write_bytes(content)
+        refused(train_fgsm, flags, "data.npz")
+    assert [*tmp_path.iterdir()] == [path]
+    path.write_bytes(saved(GOOD))
+    assert cli(train_fgsm, flags)[0] == 0
+
+
+def test_wrong_and_hostile_weights(finished, tmp_path):
+    good, path = torch.load(finished / "model.pt", weights_only=True), tmp_path / "model.pt"
+    weights, arguments = good["state_dict"], good["arguments"]
+    trap = Payload(tmp_path / "pwned")
+    bad = [
+        (good | {"state_dict": trap}, ""),
+        (good | {"arguments": trap}, ""),
+        ([1, 2], "not a checkpoint"),
+        (good | {"state_dict": [1]}, "no state_dict"),
+        (good | {"state_dict": weights | {"fc.bias": "hello"}}, ""),
+        (good | {"arguments": "hello"}, "no arguments"),
+        (good | {"arguments": arguments | {"depth": 11}}, "6n"),
+        (good | {"arguments": arguments | {"width": 2}}, "size mismatch"),
+        (good | {"state_dict": {k: v for k, v in weights.items() if k != "fc.bias"}}, 'missing.*"fc.bias"'),
+        (good | {"state_dict": weights | {"fc.scale": weights["fc.bias"]}}, 'unexpected.*"fc.scale"'),
+        ({"state_dict": weights}, "no arguments"),
+        (pickle.dumps(trap), "damaged"),
+        ((finished / "model.pt").read_bytes()[:5000], "damaged"),
+        (b"no", "damaged"),
+        (b"", "damaged"),
+        (None, "no file"),
+    ]
+    for content, message in bad:
+        if content is None:
+            path.unlink()
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        with pytest.raises(ValueError, match="model.pt") as error:
+            load_model(path)
+        text = str(error.value)
+        assert "\n" not in text and len(text) < 400 and re.search(message, text, re.I), text
+    shutil.copy(finished / "checkpoint.pt", tmp_path)
+    with pytest.raises(ValueError, match="is not finished: name .*checkpoint.pt to load it as it stands"):
+        load_model(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_flipped_bit_is_noticed(finished, tmp_path):
+    """Or does no harm: not every byte of a zip means something."""
+    path, refused = tmp_path / "checkpoint.pt", 0
+    content, whole = (finished / "checkpoint.pt").read_bytes(), load_file(finished / "checkpoint.pt")
+    for i in range(50):
+        flipped = bytearray(content)
+        flipped[len(content) * i // 50 + i] ^= 1 << i % 8
+        path.write_bytes(flipped)
+        try:
+            assert_same(load_file(path), whole)
+        except ValueError:
+            refused += 1
+    assert refused > 40
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (lambda s: s.pop("optimizer"), 2, "does not fit"),
+        (lambda s: s.update(extra=[1]), 2, "does not fit"),
+        (lambda s: s["rng"].update(cpu=torch.zeros(3)), 2, "does not fit"),
+        (lambda s: s.update(rng=5), 2, "does not fit"),
+        (lambda s: s.update(rows=5), 2, "does not fit"),
+        (lambda s: s.update(rows=[]), 2, "does not fit"),
+        (lambda s: s["state_dict"].pop("fc.bias"), 2, "does not fit"),
+        (lambda s: s["state_dict"]["fc.bias"].fill_(float("nan")), 1, "not finite"),
+    ],
+)
+def test_wrong_checkpoints(refused, finished, tmp_path, change, code, message):
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text()) | {"epochs": 4}
+    (run / "config.json").write_text(json.dumps(config))
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    change(state)
+    torch.save(state, run / "checkpoint.pt")
+    refused(train_fgsm, f"{FINISHED} --epochs 4 --out {run} --resume", message, code=code)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3", '"a"', "{}", '{"method": "slat"}'])
+def test_a_damaged_config(refused, finished, tmp_path, content):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "config.json").write_text(content)
+    message = "cannot resume" if content.endswith("}") else "config.json is damaged"
+    refused(train_fgsm, f"{FINISHED} --out {run} --resume", message)

@@ -7,7 +7,6 @@ import functools
 import inspect
 import io
 import json
-import math
 import re
 
 import pytest
@@ -51,7 +50,8 @@ def test_a_run_leaves_what_it_promises(whole, name):
     assert config["method"] == name
     keys = "epoch step lr loss train_acc test_clean test_fgsm test_pgd10 train_pgd10 alignment"
     metrics, replays = rows(run), config.get("replays", 1)
-    assert all(set(keys.split()) <= row.keys() and math.isfinite(row["loss"]) for row in metrics)
+    assert all(set(keys.split()) <= row.keys() for row in metrics)
+    assert all(1 < row["loss"] < 5 and 0 <= row["train_acc"] <= 100 for row in metrics)  # log(10) at first
     assert [(row["epoch"], row["step"]) for row in metrics] == [(1, 4 * replays), (2, 8 * replays)]
     assert metrics[-1]["lr"] == pytest.approx(0.002 / (8 * replays) / 0.6 / config.get("outer", 1))
     assert max(map(len, out.splitlines())) <= 80 + len(str(run))

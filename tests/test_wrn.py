@@ -15,6 +15,14 @@ def test_wrn_28_10_has_the_papers_size_and_depth_is_6n_plus_4():
             WideResNet(depth)
 
 
+def test_the_shortcut_reads_the_activated_input():
+    model = WideResNet(10, 2).eval()
+    block = model.conv2[0]
+    block.conv2.weight.data.zero_()
+    _, h = model(torch.rand(2, 3, 8, 8), return_features=True)
+    torch.testing.assert_close(h["conv2"], block.shortcut(F.relu(block.bn1(h["conv1"]))))
+
+
 def test_initialisation():
     torch.manual_seed(0)
     model = WideResNet(10, 4)

@@ -7,6 +7,7 @@ import functools
 import inspect
 import io
 import json
+import math
 import re
 
 import pytest
@@ -51,7 +52,8 @@ def test_a_run_leaves_what_it_promises(whole, name):
     keys = "epoch step lr loss train_acc test_clean test_fgsm test_pgd10 train_pgd10 alignment"
     metrics, replays = rows(run), config.get("replays", 1)
     assert all(set(keys.split()) <= row.keys() for row in metrics)
-    assert all(1 < row["loss"] < 5 and 0 <= row["train_acc"] <= 100 for row in metrics)  # log(10) at first
+    assert all(math.isfinite(row["loss"]) and 0 <= row["train_acc"] <= 100 for row in metrics)
+    assert name != "fgsm" or 1 < metrics[0]["loss"] < 5  # log(10), about
     assert [(row["epoch"], row["step"]) for row in metrics] == [(1, 4 * replays), (2, 8 * replays)]
     assert metrics[-1]["lr"] == pytest.approx(0.002 / (8 * replays) / 0.6 / config.get("outer", 1))
     assert max(map(len, out.splitlines())) <= 80 + len(str(run))

@@ -72,9 +72,19 @@ def tiny():
     return common.Data(TINY, classes, arrays, "cpu")
 
 
+@contextlib.contextmanager
+def command_line(module, arguments):
+    """A script's sys.argv in here; afterwards TF32 is as torch has it, for those tests that come next."""
+    try:
+        with mock.patch.object(sys, "argv", [f"{module.__name__}.py", *arguments.split()]):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+
+
 def run_main(module, arguments):
     """The exit code of a script's main(), run as its command line would."""
-    with mock.patch.object(sys, "argv", [f"{module.__name__}.py", *arguments.split()]):
+    with command_line(module, arguments):
         try:
             common.launch(module.main)
         except SystemExit as end:
@@ -84,7 +94,7 @@ def run_main(module, arguments):
 
 def parsed(module, arguments):
     """What a script makes of its flags."""
-    with mock.patch.object(sys, "argv", [f"{module.__name__}.py", *arguments.split()]):
+    with command_line(module, arguments):
         return module.parse_args()
 
 

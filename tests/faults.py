@@ -9,6 +9,7 @@ must be those of the uninterrupted run, bit for bit, with no epoch missing or do
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import os
 import random
@@ -20,33 +21,19 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-import torch
-
 import common
 import eval_attacks
-from conftest import SMALL, assert_same_run, rows
+import train_slat
+from conftest import SMALL, assert_same_run, rows, run_main
 
 
-class SlowFile:
+class SlowFile(io.FileIO):
     """A file whose content arrives in pieces."""
-
-    def __init__(self, *args):
-        self.file = open(*args)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
 
     def write(self, content):
         for i in range(8):
-            self.file.write(content[i * len(content) // 8 : (i + 1) * len(content) // 8])
-            self.file.flush()
+            super().write(content[i * len(content) // 8 : (i + 1) * len(content) // 8])
             time.sleep(0.002)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
 
 
 def child(script, arguments):
@@ -57,26 +44,17 @@ def child(script, arguments):
     code = 1
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        torch.set_num_threads(1)
         common.open = SlowFile
-        sys.argv = [script, *arguments.split()]
-        common.launch(importlib.import_module(script.removesuffix(".py")).main)
-        code = 0
-    except SystemExit as end:
-        code = end.code
+        code = run_main(importlib.import_module(script), arguments)
     finally:
         os._exit(code)
 
 
-def warm_up(folder):
-    """Train and evaluate once in this process, so that its forks begin with every module imported."""
-    torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        for method in ("slat", "free", "yopo"):
-            sys.argv = [f"train_{method}.py", *f"{SMALL} --epochs 1 --out {folder}/warm-{method}".split()]
-            importlib.import_module(f"train_{method}").main()
-        sys.argv = ["eval_attacks.py", *f"{folder}/warm-slat --n 20 --steps 1 --restarts 1".split()]
-        eval_attacks.main()
+def whole_run(script, arguments):
+    """Run a script to its end: its seconds. Kills come within a share of that."""
+    start = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(child(script, arguments), 0)[1]) == 0
+    return time.monotonic() - start
 
 
 def kill_until_done(script, first, again, folder, dice, longest):
@@ -84,7 +62,7 @@ def kill_until_done(script, first, again, folder, dice, longest):
     kills, inside, arguments = 0, 0, first
     while True:
         pid = child(script, arguments)
-        end = time.monotonic() + dice.uniform(0.02, longest)
+        end = time.monotonic() + dice.uniform(0.02, longest * 1.05**kills)  # a machine that has become slow gets on
         done = 0
         while time.monotonic() < end and not done:
             time.sleep(0.003)
@@ -99,53 +77,53 @@ def kill_until_done(script, first, again, folder, dice, longest):
             arguments = again
 
 
-def compare_runs(a, b, epochs):
-    assert_same_run(a, b)
-    assert [row["epoch"] for row in rows(b)] == list(range(1, epochs + 1))
-    assert not list(b.glob("*.new")), "a half-written file is left"
+def training(method, folder, run, epochs=4):
+    """A training run and one that is killed and resumed: (script, whole's flags, first, again, its folder, compare)."""
+    flags, whole, killed = f"{SMALL} --epochs {epochs} --seed {run}", folder / f"{method}{run}", folder / f"killed{run}"
+
+    def compare():
+        assert_same_run(whole, killed)
+        assert [row["epoch"] for row in rows(killed)] == list(range(1, epochs + 1))
+        assert not list(killed.glob("*.new")), "a half-written file is left"
+
+    first = f"{flags} --out {killed}"
+    return f"train_{method}", f"{flags} --out {whole}", first, f"{first} --resume", killed, compare
 
 
-def whole_run(script, arguments):
-    """Run a script to its end: its seconds. Kills come within a share of that, so that slow machines get on too."""
-    start = time.monotonic()
-    assert os.waitstatus_to_exitcode(os.waitpid(child(script, arguments), 0)[1]) == 0
-    return time.monotonic() - start
+def evaluation(folder, run):
+    """The same for an evaluation of SLAT's first run; all have a state, so that they take as long."""
+    here, flags = folder / f"eval{run}", f"--attack fgsm,pgd,apgd-ce --steps 3 --restarts 1 --n 10 --eps 1 --seed {run}"
 
+    def command(name):
+        files = f"--state {here / name}.state --json {here / name}.json --save-adv {here / name}.npz"
+        return f"{folder / 'slat0'} {flags} {files}"
 
-def train_faults(method, kills, folder, epochs=4, seed=0):
-    """Train with that many kills or more, run after run with seeds 0, 1, ...: (kills, inside a write, runs)."""
-    dice, total, inside, runs = random.Random(seed), 0, 0, 0
-    while total < kills:
-        flags = f"{SMALL} --epochs {epochs} --seed {runs}"
-        whole, killed = folder / f"{method}{runs}", folder / f"{method}{runs}-killed"
-        longest = 0.7 * whole_run(f"train_{method}.py", f"{flags} --out {whole}")
-        killed.mkdir()
-        first = f"{flags} --out {killed}"
-        more, within = kill_until_done(f"train_{method}.py", first, f"{first} --resume", killed, dice, longest)
-        compare_runs(whole, killed, epochs)
-        total, inside, runs = total + more, inside + within, runs + 1
-    return total, inside, runs
-
-
-def evaluation_faults(run, kills, folder, seed=0):
-    """Evaluate with that many kills or more: (kills, inside a write, evaluations)."""
-    dice, total, inside, runs = random.Random(seed), 0, 0, 0
-    while total < kills:
-        here = folder / f"eval{runs}"
-        here.mkdir()
-        flags = f"{run} --attack fgsm,pgd,apgd-ce --steps 3 --restarts 1 --n 10 --eps 1 --seed {runs}"
-        # With a state as the others, so that it takes as long.
-        state = f"--state {here / 'whole.state'}"
-        longest = whole_run(
-            "eval_attacks.py", f"{flags} {state} --json {here / 'whole.json'} --save-adv {here / 'whole.npz'}"
-        )
-        again = f"{flags} --state {here / 'state'} --json {here / 'killed.json'} --save-adv {here / 'killed.npz'}"
-        more, within = kill_until_done("eval_attacks.py", again, again, here, dice, longest)
+    def compare():
         results = [json.loads((here / f"{name}.json").read_text())["attacks"] for name in ("whole", "killed")]
         assert results[0] == results[1]
         assert (here / "whole.npz").read_bytes() == (here / "killed.npz").read_bytes()
+
+    return "eval_attacks", command("whole"), command("killed"), command("killed"), here, compare
+
+
+def faults(name, kills, folder, seed=0):
+    """Run a job with that many kills or more, run after run with seeds 0, 1, ...: (kills, inside a write, runs)."""
+    dice, total, inside, runs = random.Random(seed), 0, 0, 0
+    while total < kills:
+        job = evaluation(folder, runs) if name == "evaluation" else training(name, folder, runs)
+        script, whole, first, again, here, compare = job
+        here.mkdir()
+        more, within = kill_until_done(script, first, again, here, dice, 0.7 * whole_run(script, whole))
+        compare()
         total, inside, runs = total + more, inside + within, runs + 1
     return total, inside, runs
+
+
+def warm_up(folder):
+    """Train and evaluate once in this process, so that its forks begin with every module imported."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_main(train_slat, f"{SMALL} --epochs 1 --out {folder}")
+        run_main(eval_attacks, f"{folder} --n 10 --steps 1 --restarts 1")
 
 
 def main():
@@ -155,14 +133,10 @@ def main():
     parser.add_argument("--only", default="slat,free,yopo,evaluation", help="the evaluation is of slat's first run")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        warm_up(folder)
+        warm_up(f"{folder}/warm")
         for name in args.only.split(","):
             start = time.monotonic()
-            if name == "evaluation":
-                kills, inside, runs = evaluation_faults(folder / "slat0", args.kills, folder, args.seed)
-            else:
-                kills, inside, runs = train_faults(name, args.kills, folder, seed=args.seed)
+            kills, inside, runs = faults(name, args.kills, Path(folder), args.seed)
             print(f"{name:<11}{kills:>4} kills, {inside} of them inside a write, {runs} runs,", end=" ")
             print(f"all as uninterrupted, {time.monotonic() - start:.0f} s", flush=True)
 

@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import eval_attacks
-from conftest import SCRIPTS
+from conftest import SCRIPTS, parsed
 from paper import bench, figures, sweep
 from paper.results import PAPER
 
@@ -48,7 +47,7 @@ def commands(page):
 
 
 @every_page
-def test_commands_are_understood(cli, monkeypatch, page):
+def test_commands_are_understood(cli, page):
     for words in commands(page):
         if words[0] == "-m":
             module = importlib.import_module(words[1])
@@ -59,9 +58,7 @@ def test_commands_are_understood(cli, monkeypatch, page):
         elif words[0].startswith("tests/"):
             assert Path(words[0]).exists(), words
         else:
-            module = importlib.import_module(words[0].removesuffix(".py"))
-            monkeypatch.setattr(sys, "argv", words)
-            module.parse_args()
+            parsed(importlib.import_module(words[0].removesuffix(".py")), shlex.join(words[1:]))
 
 
 def test_flags_in_the_text_exist(cli):

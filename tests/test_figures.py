@@ -1,22 +1,22 @@
-"""paper/: figures, results, sweep and toy_2d: their numbers, their files, and that what they print can be run."""
+"""paper/: figures, results, sweep, bench, toy_2d: their numbers, their files, and that what they print can be run."""
 
 import argparse
 import glob
-import importlib
 import json
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 
-from conftest import SMALL, TINY, train
-from paper import figures, results, sweep, toy_2d
+import common
+import eval_attacks
+from conftest import ROOT, SCRIPTS, SMALL, TINY, parsed, run_main
+from paper import bench, figures, results, sweep, toy_2d
 from wrn import LAYERS, load_model
 
 
@@ -24,7 +24,9 @@ from wrn import LAYERS, load_model
 def runs(tmp_path_factory):
     """Folders of a SLAT and an FGSM run."""
     folder = tmp_path_factory.mktemp("runs")
-    return " ".join(str(train(method, 3, folder / method)) for method in ("slat", "fgsm"))
+    for method in ("slat", "fgsm"):
+        assert run_main(SCRIPTS[method], f"{SMALL} --epochs 2 --monitor 4 --out {folder / method}") == 0
+    return f"{folder}/slat {folder}/fgsm"
 
 
 def written(name):
@@ -45,7 +47,7 @@ def test_the_grid_finds_the_worst_case_of_a_linear_boundary():
 
 
 def test_toy(cli, tmp_path):
-    assert cli(toy_2d, f"--seeds 1 --out {tmp_path / 'toy'}")[0] == 0
+    assert cli(toy_2d, f"--seeds 1 --hidden 50 --steps 400 --lr 0.25 --out {tmp_path / 'toy'}")[0] == 0
     results = written(tmp_path / "toy")["results"]
     lean = {name: row["lean"][0] for name, row in results.items()}
     assert lean["FGSM"] > 80 > lean["standard"] > 60 > 52 > lean["SLAT, eta 0.1"] > lean["SLAT, eta 0.3"]
@@ -58,17 +60,15 @@ def test_figures_of_metrics(cli, runs, tmp_path):
         assert cli(figures, f"{command} {runs} --out {tmp_path / command}")[::2] == (0, "")
         numbers = written(tmp_path / command)
         assert numbers["SLAT"][key] == [row[key] for row in rows] and list(numbers) == ["SLAT", "FGSM"]
-        assert numbers["SLAT"]["share"] == pytest.approx([1 / 3, 2 / 3, 1])
+        assert numbers["SLAT"]["share"] == [0.5, 1]
 
 
-def test_figures_of_networks(cli, runs, tmp_path, tiny):
+def test_figures_of_networks(cli, runs, tmp_path):
     steps = "--points 3 --eps 2"
     for command, flags in (("grad-norm", ""), ("linearity", f"{steps} --share 10"), ("landscape", steps)):
         flags += f" --n 12 --device cpu --out {tmp_path / command}"
         assert cli(figures, f"{command} {runs} {flags}")[::2] == (0, "")
-    model = load_model(runs.split()[0])
-    x, y = tiny.test(12)
-
+    model, (x, y) = load_model(runs.split()[0]), common.load_data(parsed(SCRIPTS["slat"], SMALL)).test(12)
     sums, errors = torch.zeros(3, 5), torch.zeros(2)
     for image, label in zip(x, y):  # one image at a time
         logits, h = model(image[None].requires_grad_(), return_features=True)
@@ -107,9 +107,10 @@ def result(method, seed, clean, pgd, autoattack=None, usual=(), best=False, **fl
 
 def write_results(folder, found):
     """Paths of JSON files with these results."""
-    for i, content in enumerate(found):
-        (folder / f"{i}.json").write_text(json.dumps(content))
-    return [str(folder / f"{i}.json") for i in range(len(found))]
+    files = [folder / f"{i}.json" for i in range(len(found))]
+    for file, content in zip(files, found):
+        file.write_text(json.dumps(content))
+    return [*map(str, files)]
 
 
 def check_legend(figure):
@@ -127,32 +128,30 @@ def test_legends_tell_runs_apart():
     def config(method="slat", seed=0, **flags):
         return {"method": method, "seed": seed, "eps": 8.0, **flags, "not_default": ["eps", *flags]}
 
-    base = config(batch_size=64)
-    for other, expected in (
-        (config(batch_size=64), ["a", "b"]),  # the folders
-        (config(batch_size=64, seed=1), ["SLAT, seed 0", "SLAT, seed 1"]),
-        (config(batch_size=64, eta=0.5, layers=["0", "conv1"]), ["SLAT", "SLAT, eta 0.5, layers 0,conv1"]),
-        (config(), ["SLAT, batch size 64", "SLAT"]),
-        (config("fgsm", batch_size=64, alpha=0.9), ["SLAT", "FGSM, alpha 0.9"]),
-        (config("new_one", batch_size=64), ["SLAT", "NEW-ONE"]),  # a method that results.py does not know
+    for other, *expected in (
+        (config(batch_size=64), "a", "b"),  # the folders
+        (config(batch_size=64, seed=1), "SLAT, seed 0", "SLAT, seed 1"),
+        (config(batch_size=64, eta=0.5, layers=["0", "conv1"]), "SLAT", "SLAT, eta 0.5, layers 0,conv1"),
+        (config(), "SLAT, batch size 64", "SLAT"),
+        (config("fgsm", batch_size=64, alpha=0.9), "SLAT", "FGSM, alpha 0.9"),
+        (config("new_one", batch_size=64), "SLAT", "NEW-ONE"),  # a method that results.py does not know
     ):
-        found = figures.legends(["runs/a", "runs/b"], [base, other])
-        assert [label for label, _ in found] == expected
-        assert [style["markerfacecolor"] == "white" for _, style in found] == [
-            ", " in x.split(", seed")[0] for x in expected
-        ]
-        assert ([style["marker"] for _, style in found] == ["$0$", "$1$"]) == (other["seed"] == 1)
+        labels, styles = zip(*figures.legends(["runs/a", "runs/b"], [config(batch_size=64), other]))
+        assert list(labels) == expected
+        hollow = [", " in label.split(", seed")[0] for label in labels]
+        assert [style["markerfacecolor"] == "white" for style in styles] == hollow
+        assert ([style["marker"] for style in styles] == ["$0$", "$1$"]) == (other["seed"] == 1)
 
 
-@pytest.mark.parametrize("label", ["SLAT {}", "slat_wrn10-2_epochs8_eps8_layers-0-conv1_seed{}"])
-def test_a_legend_below_hides_nothing(label):
-    figure, axis = figures.pyplot().subplots(figsize=(7, 4), layout="constrained")
-    axis.plot([0, 1], torch.rand(2, 9), label=[label.format(i) for i in range(9)])
-    figures.legend_below(figure, axis)
-    check_legend(figure)
+def test_a_legend_below_hides_nothing():
+    for label in ("SLAT {}", "slat_wrn10-2_epochs8_eps8_layers-0-conv1_seed{}"):
+        figure, axis = figures.pyplot().subplots(figsize=(7, 4), layout="constrained")
+        axis.plot([0, 1], torch.rand(2, 9), label=[label.format(i) for i in range(9)])
+        figures.legend_below(figure, axis)
+        check_legend(figure)
 
 
-def test_table_and_figures_of_results(cli, tmp_path):
+def test_table_and_figures_of_results(cli, refused, tmp_path):
     slat = {"eta": 1.0, "input_step": 0.9}
     found = [
         result("slat", 0, 50.0, 31.0, 28.0, usual=slat, **slat),
@@ -199,8 +198,7 @@ def test_table_and_figures_of_results(cli, tmp_path):
         (f"eps {files[4]} {long}", "FGSM after 30 epochs, FGSM after 8"),
         (f"dropout {files[4]} {strong}", "of cifar10 at eps 16, WRN-10-2 on 100"),
     ):
-        code, _, err = cli(figures, f"{flags} --out {tmp_path / 'figure'}")
-        assert code == 2 and message in err and err.count("\n") == 1
+        refused(figures, f"{flags} --out {tmp_path / 'figure'}", message)
 
 
 def test_what_is_drawn_over_eps(monkeypatch, tmp_path):
@@ -219,7 +217,7 @@ def test_what_is_drawn_over_eps(monkeypatch, tmp_path):
     assert len(colours) == len(methods) + 3 and len(set(colours[:12])) == len(results.METHODS) == 12
 
 
-def test_committed_figures_are_what_the_results_say(monkeypatch):
+def test_committed_figures_and_table_are_what_the_results_say(cli, monkeypatch):
     """Those that need no network: the commands of remake.sh, expanded by the shell, give the committed numbers."""
     script, remade = "results/figures/remake.sh", {}
     out = subprocess.run(["bash", "-c", f'python() {{ echo "$@"; }}; . {script}'], capture_output=True, text=True)
@@ -227,33 +225,25 @@ def test_committed_figures_are_what_the_results_say(monkeypatch):
     monkeypatch.setattr(figures, "write", lambda name, figure, numbers: remade.update({name: numbers}))
     for words in commands:
         if words[0] in ("curves", "alignment", "eps", "eta", "dropout"):
-            monkeypatch.setattr(sys, "argv", ["figures", *words])
-            figures.main()
+            assert cli(figures, " ".join(words))[0] == 0
     assert len(remade) == 7
     for name, numbers in remade.items():
         assert json.loads(Path(f"{name}.json").read_text()) == numbers, f"remake {name}: bash {script}"
-
-
-def test_the_committed_table_is_what_the_results_say(cli):
-    _, out, _ = cli(figures, " ".join(["table", *glob.glob("results/cpu/*.json")]))
-    expected = out.replace("](results/", "](") + "\n" + Path("results/RESULTS.notes.md").read_text()
-    assert Path("results/RESULTS.md").read_text() == expected
+    table = cli(figures, " ".join(["table", *glob.glob("results/cpu/*.json")]))[1].replace("](results/", "](")
+    assert Path("results/RESULTS.md").read_text() == table + "\n" + Path("results/RESULTS.notes.md").read_text()
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"training": {}}', json.dumps(result("slat", 0, "53", 1))])
-def test_damaged_results_are_one_line(cli, tmp_path, content):
+def test_damaged_results_are_one_line(refused, tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     for command in ("table", "eps", "dropout"):
-        code, _, err = cli(figures, f"{command} {tmp_path / 'a.json'} --out {tmp_path / 'x'}")
-        assert code == 2 and err.count("\n") == 1 and "a.json" in err
+        refused(figures, f"{command} {tmp_path / 'a.json'} --out {tmp_path / 'x'}", "a.json")
     good = json.dumps(result("slat", 0, 1.0, 1.0)["training"])
     for config, metrics in ((content, ""), (good, ""), (good, content), (good, '{"epoch": 1}')):
         (tmp_path / "config.json").write_text(config)
         (tmp_path / "metrics.jsonl").write_text(metrics)
-        code, _, err = cli(figures, f"curves {tmp_path} --out {tmp_path / 'x'}")
-        assert (
-            code == 2 and err.count("\n") == 1 and f"{'config.json' if config == content else 'metrics.jsonl'}" in err
-        )
+        file = "config.json" if config == content else "metrics.jsonl"
+        refused(figures, f"curves {tmp_path} --out {tmp_path / 'x'}", file)
 
 
 def test_an_error_in_the_code_keeps_its_traceback(cli, runs, tmp_path, monkeypatch):
@@ -262,60 +252,61 @@ def test_an_error_in_the_code_keeps_its_traceback(cli, runs, tmp_path, monkeypat
         cli(figures, f"curves {runs} --out {tmp_path / 'x'}")
 
 
-def test_errors_are_one_line(cli, runs, monkeypatch):
+def test_errors_are_one_line(refused, runs, monkeypatch):
     run = runs.split()[0]
-    for flags, message in (
-        ("curves nowhere", "nowhere/config.json is missing"),
-        (f"curves {run} --out no/such/name", "no folder"),
-        (f"linearity {run} --layers conv9", "conv9"),
-        (f"landscape {run} --eps 999", "--eps"),
-        (f"table {run}/config.json", "does not say how the network was trained"),
-        (f"draw {run}", "draw"),
-        (f"curves {run}", "pip install matplotlib"),
-    ):
-        if "matplotlib" in message:
-            monkeypatch.setitem(sys.modules, "matplotlib", None)
-        code, _, err = cli(figures, flags)
-        assert code == 2 and err.count("\n") == 1 and message in err
+    refused(figures, "curves nowhere", "nowhere/config.json is missing")
+    refused(figures, f"curves {run} --out no/such/name", "no folder")
+    refused(figures, f"linearity {run} --layers conv9", "conv9")
+    refused(figures, f"landscape {run} --eps 999", "--eps")
+    refused(figures, f"table {run}/config.json", "does not say how the network was trained")
+    refused(figures, f"draw {run}", "draw")
+    refused(sweep, "table2 --only pgd", "table2 has no runs of pgd")
+    refused(bench, "--only sgd", "'sgd' is not one of")
+    refused(bench, "--depth 11", "choose from 10, 16")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused(figures, f"curves {run}", "pip install matplotlib")
 
 
-def parsed(monkeypatch, command):
+def parsed_command(command):
     """The flags that a printed command gives its script."""
     _, script, *flags = shlex.split(command)
-    monkeypatch.setattr(sys, "argv", [script, *flags])
-    return importlib.import_module(script.removesuffix(".py")).parse_args()
+    scripts = {f"train_{name}.py": module for name, module in SCRIPTS.items()} | {"eval_attacks.py": eval_attacks}
+    return parsed(scripts[script], shlex.join(flags))
 
 
 # Names by which runs are known that were made elsewhere.
 ROWS = {"eta": "eta-0.6_input-step-0.6", "literal": "input-step-1_no-latent-clamp_dropout-0"}
-ROWS |= {"table3": "layers-0-conv3-conv4_eta-2.7", "table2": "alpha-0.9", "eps": "eps12"}
+ROWS |= {"table3": "layers-0-conv3-conv4_eta-2.7", "table2": "alpha-0.9", "eps": "eps12", "eps16": "eps16"}
 
 
 @pytest.mark.parametrize("name", sweep.SWEEPS)
-def test_every_printed_command_is_understood_by_its_script(cli, monkeypatch, tmp_path, name):
+def test_every_printed_command_is_understood_by_its_script(cli, tmp_path, name):
     flags = f"--seeds 0,1 --small --best --device cpu --dataset {TINY} --results {tmp_path} --runs {tmp_path}"
-    code, out, _ = cli(sweep, f"{name} {flags}")
-    lines = out.splitlines()
-    assert code == 0 and len(lines) == len(set(lines)) == 2 * len(sweep.SWEEPS[name])
-    assert f"_{ROWS.get(name, 'eps8')}_seed1.json" in out or name == "eps16"
+    lines = cli(sweep, f"{name} {flags}")[1].splitlines()
+    assert len(lines) == len(set(lines)) == 2 * len(sweep.SWEEPS[name])
+    assert any(f"_{ROWS.get(name, 'eps8')}_seed1.json" in line for line in lines)
     for line in lines:
         train, *evaluations = line.split(" && ")
-        args = parsed(monkeypatch, train)
-        assert (args.depth, args.width, args.device) == (10, 2, "cpu")
+        args = parsed_command(train)
+        assert (args.depth, args.width, args.device, args.dataset) == (10, 2, "cpu", TINY)
         assert args.epochs == (2 if "free" in line or "yopo" in line else 8)
         run = Path(args.out)
         run.mkdir()  # as the run would
         (run / "config.json").write_text(json.dumps({"dataset": TINY}))
-        last, best = (parsed(monkeypatch, command) for command in evaluations)
+        last, best = map(parsed_command, evaluations)
         assert (last.run, best.run) == (str(run), str(run / "best.pt")) and last.state != best.state
         assert [last.json, best.json] == [str(tmp_path / f"{run.name}{end}.json") for end in ("", "_best")]
 
 
 def test_a_sweep_skips_what_is_done_and_resumes_what_is_broken(cli, tmp_path):
     flags = f"latent-eta --small --runs {tmp_path}/runs --results {tmp_path}/results"
-    lines = cli(sweep, flags)[1].splitlines()
+
+    def left(more=""):
+        return cli(sweep, f"{flags} {more}")[1].splitlines()
+
+    lines = left()
     assert len(lines) == 6 and all("--resume" not in line for line in lines)
-    names = [shlex.split(line)[-1].split("/")[-1].removesuffix(".json") for line in lines]
+    names = [Path(shlex.split(line)[-1]).stem for line in lines]
 
     def finish(name, **other):
         found = {"n": 1000, "search_precision": "bf16", "attacks": {"pgd-50-10": 1, "autoattack": 1}} | other
@@ -325,7 +316,7 @@ def test_a_sweep_skips_what_is_done_and_resumes_what_is_broken(cli, tmp_path):
     for name, file in ((names[1], "model.pt"), (names[2], "config.json")):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / file).write_text("{}")
-    first, second, *rest = cli(sweep, flags)[1].splitlines()
+    first, second, *rest = left()
     assert first.startswith("python eval_attacks.py") and "train" not in first
     assert "--resume &&" in second and rest == lines[3:]
     for name in names:
@@ -335,28 +326,41 @@ def test_a_sweep_skips_what_is_done_and_resumes_what_is_broken(cli, tmp_path):
     # A quick look, other attacks or another precision do not count; nor does the last epoch for the best one.
     for other in ({"n": 20}, {"attacks": {"pgd-50-10": 1}}, {"search_precision": "fp32"}):
         finish(names[3], **other)
-        assert cli(sweep, flags)[1].splitlines() == [lines[3]]
+        assert left() == [lines[3]]
     finish(names[3])
-    assert len(cli(sweep, f"{flags} --attack pgd")[1]) == 0 and cli(sweep, f"{flags} --best")[1].count("best.pt") == 6
-    command = flags.replace("--small", "--depth 10 --width 2 --epochs 8")  # without --n: all images
+    assert not left("--attack pgd") and "".join(left("--best")).count("best.pt") == 6
+    flags = flags.replace("--small", "--depth 10 --width 2 --epochs 8")  # without --n: all images
     finish(names[0], command="python eval_attacks.py runs/x")
-    assert len(cli(sweep, command)[1].splitlines()) == 5
+    assert len(left()) == 5
 
 
-def test_table_4(cli, monkeypatch, tmp_path):
-    """CIFAR-100: the authors' constants for it, 100 classes, and the paper's numbers next to the result."""
-    flags = f"table1 --dataset cifar100 --runs {tmp_path} --results {tmp_path}"
-    lines = [line.split(" && ")[0] for line in cli(sweep, flags)[1].splitlines()]
-    train = {line.split()[1]: parsed(monkeypatch, line) for line in lines}
-    assert {args.dataset for args in train.values()} == {"cifar100"} and len(train) == len(sweep.METHODS)
-    assert train["train_zero_grad.py"].q == 0.45
-    assert (train["train_n_aaer.py"].lambda_2, train["train_n_aaer.py"].lambda_3) == (1.5, 0.15)
+TINY_STEPS = "--depth 10 --width 1 --rounds 1 --steps 1 --device cpu --precision fp32"
 
-    def cifar100(folder, train, download):
-        x = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
-        return argparse.Namespace(data=x, targets=[*range(100)] * 2, classes=[f"class {i}" for i in range(100)])
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR100", cifar100)
-    _, script, *flags = lines[0].split() + SMALL.replace(TINY, "cifar100").split()
-    assert cli(importlib.import_module(script.removesuffix(".py")), " ".join([*flags, "--epochs", "1"]))[0] == 0
-    assert load_model(next(tmp_path.glob("*_seed0"))).arguments["num_classes"] == 100
+def test_every_contestant_makes_a_step(cli, tmp_path):
+    assert cli(bench, f"{TINY_STEPS} --batch-size 4 --no-memory --json {tmp_path / 'bench.json'}")[::2] == (0, "")
+    rows = json.loads((tmp_path / "bench.json").read_text())["result"]["steps"]
+    assert rows.keys() == {"standard", *SCRIPTS} and rows["standard"]["measured"] == 1
+    assert all(row["images_per_second"] > 0 and row["peak_bytes"] is None for row in rows.values())
+    # A forward pass is 1, a backward pass 1 for activations and 1 for weights, less the gradient at the input.
+    for name, passes in {"standard": 3, "fgsm": 5, "slat": 5, "n_aaer": 5, "pgd": 17, "elle": 14, "free": 3}.items():
+        assert passes - 0.2 < rows[name]["passes"] <= passes, name
+    assert rows["free"]["passes"] == 3 and 15 < rows["yopo"]["passes"] < 16.5 and 11 < rows["fgsm_ga"]["passes"] < 11.5
+
+
+def test_peak_memory(cli, tmp_path):
+    assert cli(bench, f"{TINY_STEPS} --batch-size 64 --only standard,slat --json {tmp_path / 'bench.json'}")[0] == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["result"]["steps"]
+    assert 3e7 < rows["standard"]["peak_bytes"] < rows["slat"]["peak_bytes"] < 1.5e8
+
+
+def test_a_new_script_is_found(tmp_path, monkeypatch):
+    """By the sweep and the bench, without an entry anywhere; conftest finds it for the tests in the same way."""
+    source = (ROOT / "train_fgsm.py").read_text()
+    (tmp_path / "train_zzz.py").write_text(source.replace("def fgsm(", "def zzz(").replace(" fgsm(model", " zzz(model"))
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        names = runpy.run_path(str(ROOT / "paper/sweep.py"))
+        assert names["METHODS"] == [method for method, _ in names["SWEEPS"]["eps16"]] == ["zzz"]
+        assert names["epochs_of"]("zzz", 8) == 8
+    assert bench.CONTESTANTS == ("standard", *sweep.METHODS) and set(sweep.METHODS) == SCRIPTS.keys()

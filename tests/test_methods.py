@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import itertools
 import re
 from pathlib import Path
 
@@ -46,52 +47,46 @@ def test_slat_follows_the_sign_of_finite_differences(smooth, name):
     torch.testing.assert_close(delta[name][clear], eta * difference.sign()[clear])
 
 
-def halvings(remainder, scales=(0.02, 0.01, 0.005)):
-    values = [remainder(scale) for scale in scales]
-    return [a / b for a, b in zip(values, values[1:])]
+def falls_fourfold(remainder, scale):
+    """Is the remainder of second order: a quarter, where the scale is halved?"""
+    values = [remainder(scale / 2**i) for i in range(3)]
+    return all(3.6 < a / b < 4.4 for a, b in zip(values, values[1:]))
 
 
 def test_proposition_1_the_remainder_is_of_second_order(smooth):
     """h_{L-1} moves by sum_k J_k delta_k, up to a remainder that falls fourfold when all delta_k are halved."""
     model, x, y = smooth
-    x_adv, unit = train_slat.slat(model, x, y, 1, ALL, 1, 1, latent_clamp=False)
+    _, unit = train_slat.slat(model, x, y, 1, ALL, 1, 1, latent_clamp=False)
     _, h = model(x, return_features=True)
-    unit = {**unit, "0": torch.autograd.grad(loss_of(model, x.requires_grad_(), y), x)[0].sign()}
+    unit["0"] = torch.autograd.grad(loss_of(model, x.requires_grad_(), y), x)[0].sign()
     x = x.detach()
 
-    def last(scaled):
-        return model(x, delta=dict(zip(ALL, scaled)), return_features=True)[1]["conv2"]
-
-    zeros = tuple(torch.zeros_like(unit[name]) for name in ALL)
+    def last(delta):
+        return model(x, delta=delta, return_features=True)[1]["conv2"]
 
     def remainder(scale):
-        scaled = tuple(scale * unit[name] for name in ALL)
-        linear = 0
-        for k in range(3):  # J_k delta_k, one layer at a time
-            only_k = lambda d, k=k: last([d if i == k else zeros[i] for i in range(3)])  # noqa: E731
-            linear += torch.autograd.functional.jvp(only_k, zeros[k], scaled[k])[1]
-        return (last(scaled) - h["conv2"] - linear).norm().item()
+        delta, linear = {name: scale * unit[name] for name in ALL}, 0
+        for name, d in delta.items():  # J_k delta_k, one layer at a time
+            linear += torch.autograd.functional.jvp(lambda v, k=name: last({k: v}), torch.zeros_like(d), d)[1]
+        return (last(delta) - h["conv2"] - linear).norm().item()
 
-    for ratio in halvings(remainder):
-        assert 3.8 < ratio < 4.2
+    assert falls_fourfold(remainder, 0.02)
 
 
 def test_equation_5_the_loss_rises_by_the_l1_norms_of_the_gradients(smooth):
     model, x, y = smooth
-    _, h = model(x.requires_grad_(), return_features=True)
-    logits, h = model(x, return_features=True)
+    logits, h = model(x.requires_grad_(), return_features=True)
     clean = F.cross_entropy(logits, y)
     norms = dict(zip(ALL, (g.abs().sum() for g in torch.autograd.grad(clean, [h[k] for k in ALL]))))
     x = x.detach()
 
-    def remainder(scale):
-        eta, step = scale, 0.9 * scale
-        x_adv, delta = train_slat.slat(model, x, y, scale, ALL, eta, step, latent_clamp=False)
+    def remainder(eta):
+        step = 0.9 * eta
+        x_adv, delta = train_slat.slat(model, x, y, eta, ALL, eta, step, latent_clamp=False)
         penalty = step * norms["0"] + eta * (norms["conv1"] + norms["conv2"])
         return (loss_of(model, x_adv, y, delta) - clean - penalty).abs().item()
 
-    for ratio in halvings(remainder, (0.004, 0.002, 0.001)):
-        assert 3.6 < ratio < 4.4
+    assert falls_fourfold(remainder, 0.004)
 
 
 def test_latent_clamp_keeps_h_plus_delta_in_the_range_of_h(smooth):
@@ -109,13 +104,13 @@ def test_latent_clamp_keeps_h_plus_delta_in_the_range_of_h(smooth):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("eps", [4 / 255, 8 / 255])
-def test_latents_move_by_eta_in_every_precision(trained, tiny, precision, eps):
+def test_latents_move_by_eta_in_every_precision(trained, tiny, precision):
     """bfloat16 steps by 2 eta between 8 and 16: h + delta must be float32, and so must what goes on."""
-    model, (x, y) = copy.deepcopy(trained[0]).train(), tiny.train(64)  # it has no dropout: all passes are equal
+    model, (x, y) = copy.deepcopy(trained[0]).train(), tiny.train(8)  # it has no dropout: all passes are equal
+    x = x[..., ::2, ::2]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         h = model(x, return_features=True)[1]
-        for latent_clamp in (True, False):
+        for eps, latent_clamp in ((4 / 255, True), (8 / 255, True), (4 / 255, False), (8 / 255, False)):
             with torch.enable_grad():
                 _, delta = train_slat.slat(model, x, y, eps, LAYERS, eps, eps, latent_clamp)
             for name, d in delta.items():
@@ -126,18 +121,19 @@ def test_latents_move_by_eta_in_every_precision(trained, tiny, precision, eps):
                     assert moved.abs().mean() == pytest.approx(eps, rel=0.01)
 
 
-@pytest.mark.parametrize("init", ["zero", "uniform"])
-@pytest.mark.parametrize("input_step", [0.9, 1.5])
-def test_slat_and_fgsm_stay_in_the_ball_and_in_the_box(init, input_step):
+def test_slat_and_fgsm_stay_in_the_ball_and_in_the_box_and_see_the_network_as_it_is():
     torch.manual_seed(1)
-    model, eps = WideResNet(10, 1, 10), 16 / 255
-    x, y = torch.rand(8, 3, 16, 16).round(decimals=1), torch.arange(8)  # with pixels at 0 and 1
-    x_slat, _ = train_slat.slat(model, x, y, eps, ALL, eps, input_step * eps, init=init)
-    x_fgsm = train_fgsm.fgsm(model, x, y, eps, input_step * eps)
-    for x_adv in (x_slat, x_fgsm):
-        assert (x_adv - x).abs().max() <= eps + 1e-7
-        assert x_adv.min() >= 0 and x_adv.max() <= 1
-        assert not x_adv.requires_grad and (x_adv != x).double().mean() > 0.9
+    x, y, eps = torch.rand(8, 3, 8, 8).round(decimals=1), torch.arange(8), 16 / 255  # with pixels at 0 and 1
+    for init, input_step in itertools.product(("zero", "uniform"), (0.9 * eps, 1.5 * eps)):
+        for attack in (
+            lambda model: train_slat.slat(model, x, y, eps, ALL, eps, input_step, init=init)[0],  # noqa: B023
+            lambda model: train_fgsm.fgsm(model, x, y, eps, input_step),  # noqa: B023
+        ):
+            model = WideResNet(10, 1)
+            x_adv = attack(model)
+            assert (x_adv - x).abs().max() <= eps + 1e-7 and x_adv.min() >= 0 and x_adv.max() <= 1
+            assert not x_adv.requires_grad and (x_adv != x).double().mean() > 0.8
+            assert model.bn.running_mean.any()  # in train mode BatchNorm's statistics follow the attack's passes too
 
 
 def test_uniform_start_is_where_the_gradient_is_taken(smooth):
@@ -165,27 +161,6 @@ class WeightGradients(TorchDispatchMode):
         if func is torch.ops.aten.convolution_backward.default:
             self.count += args[-1][1]
         return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("method", ["fgsm", "slat"])
-def test_the_attack_computes_no_weight_gradient(method):
-    model, x, y = WideResNet(10, 1), torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
-    with WeightGradients() as counter:
-        if method == "fgsm":
-            train_fgsm.fgsm(model, x, y, 0.03, 0.03)
-        else:
-            train_slat.slat(model, x, y, 0.03, LAYERS, 0.03, 0.03)
-        assert counter.count == 0
-        assert all(p.grad is None and p.requires_grad for p in model.parameters())
-        F.cross_entropy(model(x), y).backward()
-        assert counter.count == 9  # the stem, two in each of three blocks, two shortcuts
-
-
-def test_attacks_in_train_mode_update_the_running_statistics():
-    model, x, y = WideResNet(10, 1), torch.rand(4, 3, 16, 16), torch.arange(4)
-    before = model.bn.running_mean.clone()
-    train_fgsm.fgsm(model, x, y, 0.03, 0.03)
-    assert (model.bn.running_mean != before).any()
 
 
 def test_slat_with_the_input_alone_is_fgsm(cli, tmp_path):
@@ -225,15 +200,11 @@ def test_slat_writes_into_no_gradient():
 
 
 def test_features_without_height_and_width_want_no_latent_clamp():
-    fc = torch.nn.Linear(12, 3)
+    def tokens(x, return_features):
+        h = x.flatten(2)
+        return h.tanh().sum(2), {"tokens": h}
 
-    def tokens(x, delta=None, return_features=False):
-        h = x.flatten(2) + (delta or {}).get("tokens", 0)
-        logits = fc(h.tanh().flatten(1))
-        return (logits, {"tokens": h}) if return_features else logits
-
-    x, y = torch.rand(2, 3, 2, 2), torch.tensor([0, 1])
-    x.requires_grad_()
+    x, y = torch.rand(2, 3, 2, 2, requires_grad=True), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="latent_clamp=False"):
         train_slat.slat(tokens, x, y, 0.1, ("tokens",), 0.1, 0.1)
     assert train_slat.slat(tokens, x, y, 0.1, ("tokens",), 0.1, 0.1, False)[1]["tokens"].shape == (2, 3, 4)
@@ -246,20 +217,13 @@ def pasting_code(marker):
     return block
 
 
-def test_docs_torchvision_resnet_trains_with_slat(tiny):
-    names = {}
+def test_docs_torchvision_resnet_can_be_trained_with_slat(tiny):
+    names = dict(zip("xy", tiny.train(8)))
     exec(pasting_code("class Hooked"), names)
-    names["x"], names["y"] = tiny.train(8)
-    losses = []
-    optimizer = torch.optim.SGD(names["model"].parameters(), 0.02)
-    for _ in range(5):
-        exec(pasting_code("from train_slat import slat"), names)
-        assert set(names["delta"]) == set(names["layers"])
-        optimizer.zero_grad()
-        names["loss"].backward()
-        optimizer.step()
-        losses.append(names["loss"].item())
-    assert losses[-1] < losses[0]
+    exec(pasting_code("from train_slat import slat"), names)
+    assert names["delta"].keys() == names["layers"].keys()
+    names["loss"].backward()
+    assert all(p.grad.any() for p in names["model"].parameters())
 
 
 @pytest.mark.parametrize(
@@ -296,7 +260,7 @@ def test_a_compiled_network_gives_the_same_and_its_attack_pass_no_weight_gradien
 
     backend, plain = aot_autograd(fw_compiler=compiler, bw_compiler=compiler), WideResNet.compile
     monkeypatch.setattr(WideResNet, "compile", lambda self: plain(self, backend=backend))
-    x, y = torch.rand(4, 3, 16, 16), torch.arange(4)
+    x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
     for compiled in (False, True):
         torch.manual_seed(0)
         model = WideResNet(10, 1, dropout=0.0)
@@ -305,9 +269,7 @@ def test_a_compiled_network_gives_the_same_and_its_attack_pass_no_weight_gradien
         x_adv, delta = train_slat.slat(model, x, y, 0.03, ALL, 0.03, 0.03)
         assert counter.count == 0
         F.cross_entropy(model(x_adv, delta=delta), y).backward()
-        assert [p.requires_grad for p in model.parameters()] == [True] * (len(list(model.parameters())) - 2) + [
-            False
-        ] * 2
+        assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"fc.weight", "fc.bias"}
         results.append((x_adv, *delta.values(), model.conv1.weight.grad))
     assert counter.count == 8  # two in each of three blocks, two shortcuts
     for a, b in zip(*results):

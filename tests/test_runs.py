@@ -1,10 +1,16 @@
-"""What a run does beside training: files, resumption, and what each mistake says."""
+"""What a run does besides training: files, resumption, and what each mistake and each damaged or hostile file says."""
 
+import argparse
+import io
+import json
 import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -17,14 +23,24 @@ import bookkeeping
 import common
 import train_fgsm
 import train_slat
-from conftest import SCRIPTS, SMALL, TINY, assert_same, assert_same_run, rows, train
-from wrn import WideResNet, load_file
+from conftest import SCRIPTS, SMALL, assert_same, assert_same_run, rows, run_main
+from wrn import WideResNet, load_file, load_model
+
+FINISHED = f"{SMALL} --epochs 3 --limit-train 64"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of three epochs, two steps each. Copy it before you change it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert run_main(train_fgsm, f"{FINISHED} --out {folder}") == 0
+    return folder
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
 def test_random_kills():
     """The short version of faults.py."""
-    command = [sys.executable, "tests/faults.py", "--kills", "3", "--only", "slat,evaluation"]
+    command = [sys.executable, "tests/faults.py", "--kills", "2", "--only", "slat,evaluation"]
     out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
     assert out.count("all as uninterrupted") == 2
 
@@ -43,29 +59,38 @@ def test_deterministic_algorithms_are_asked_for(cli, tmp_path, monkeypatch):
     assert_same(load_file(tmp_path / "a/model.pt"), load_file(tmp_path / "b/model.pt"))
 
 
-@pytest.mark.parametrize("fault", [KeyboardInterrupt(), RuntimeError("can't allocate memory")])
+KILL = KeyboardInterrupt()
+
+
 @pytest.mark.parametrize(
-    ("place", "name", "call", "saved"),  # what stops in which call, and the epochs that are in the checkpoint then
-    [(bookkeeping.Run, "log", 1, 0), (bookkeeping.Run, "log", 4, 1), (bookkeeping, "monitor", 3, 2),
-     (bookkeeping, "write_text", 3, 2)],
+    ("place", "call", "fault", "code", "message", "saved"),  # saved: the epochs that are in the checkpoint then
+    [("log", 1, KILL, 130, "interrupted: --resume", 0), ("log", 4, RuntimeError("can't allocate memory"), 1, "give a smaller --batch-size", 1),
+     ("monitor", 3, KILL, 130, "interrupted", 2), ("checkpoint.pt", 2, KILL, 130, "interrupted", 1),
+     ("checkpoint.pt", 2, OSError(28, "No space left"), 2, "No space left: {run}/checkpoint.pt\n", 1),
+     ("metrics.jsonl", 2, KILL, 130, "interrupted", 2)],
 )  # fmt: skip
-def test_a_fault_at_any_moment_loses_the_epoch_in_hand(cli, tmp_path, monkeypatch, fault, place, name, call, saved):
-    flags, plain, calls = f"{SMALL} --epochs 3 --limit-train 64 --out {tmp_path}", getattr(place, name), []
-    assert cli(train_fgsm, f"{flags}/whole")[0] == 0
+def test_a_fault_loses_the_epoch_in_hand(
+    cli, refused, finished, tmp_path, monkeypatch, place, call, fault, code, message, saved
+):
+    """In the given call of Run.log or monitor, or before that file is put in place that many times."""
+    run = tmp_path / "run"
+    flags, calls = f"{FINISHED} --out {run}", []
+    owner, name = {"log": (bookkeeping.Run, "log"), "monitor": (bookkeeping, "monitor")}.get(place, (os, "replace"))
+    plain = getattr(owner, name)
 
     def fail(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
+        calls.append(name != "replace" or Path(args[1]).name == place)
+        if calls[-1] and sum(calls) == call:
             raise fault
         return plain(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, fail)
-        assert cli(train_fgsm, f"{flags}/killed")[0] == (130 if isinstance(fault, KeyboardInterrupt) else 1)
-    checkpoint = tmp_path / "killed/checkpoint.pt"
-    assert saved == (len(load_file(checkpoint)["rows"]) if checkpoint.exists() else 0)
-    assert cli(train_fgsm, f"{flags}/killed --resume")[0] == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+        patch.setattr(owner, name, fail)
+        refused(train_fgsm, flags, message.format(run=run), code=code)
+    assert not list(run.glob("*.new"))
+    assert saved == (len(load_file(run / "checkpoint.pt")["rows"]) if (run / "checkpoint.pt").exists() else 0)
+    assert cli(train_fgsm, f"{flags} --resume")[0] == 0
+    assert_same_run(finished, run)
 
 
 def test_the_accuracies_need_less_memory_than_training(cli, tmp_path, monkeypatch):
@@ -75,7 +100,7 @@ def test_the_accuracies_need_less_memory_than_training(cli, tmp_path, monkeypatc
     def watched(model, x, *args, **kwargs):
         if not model.training:
             assert not any(weight.requires_grad for weight in model.parameters())
-            assert load_file(tmp_path / "run/checkpoint.pt")["rows"][-1].keys() == EPOCH
+            assert "test_clean" not in load_file(tmp_path / "run/checkpoint.pt")["rows"][-1]
             sizes.add(len(x))
         return forward(model, x, *args, **kwargs)
 
@@ -84,112 +109,65 @@ def test_the_accuracies_need_less_memory_than_training(cli, tmp_path, monkeypatc
     assert max(sizes) == 32
 
 
-EPOCH = {"epoch", "step", "lr", "loss", "train_acc", "seconds", "images_per_second"}
-
-
-def test_a_folder_is_for_one_process_at_a_time(cli, tmp_path):
-    fcntl, run = pytest.importorskip("fcntl"), train("fgsm", 1, tmp_path / "run")
+def test_a_folder_is_for_one_process_at_a_time(cli, refused, finished, tmp_path):
+    fcntl, run = pytest.importorskip("fcntl"), shutil.copytree(finished, tmp_path / "run")
     other = os.open(run, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
     before = {path: path.read_bytes() for path in run.iterdir()}
+    flags = f"{FINISHED} --out {run}"
     for more in ("", "--resume", "--overwrite"):
-        code, _, err = cli(train_fgsm, f"{SMALL} --epochs 1 --out {run} {more}")
-        assert code == 2 and err.count("\n") == 1 and "another process is training in" in err
+        refused(train_fgsm, f"{flags} {more}", "another process is training in")
     assert before == {path: path.read_bytes() for path in run.iterdir()}
     os.close(other)
-    assert cli(train_fgsm, f"{SMALL} --epochs 1 --out {run} --resume")[0] == 0
-
-
-def test_a_resume_wants_the_same_images(cli, tmp_path):
-    with np.load(TINY) as file:
-        arrays = {key: file[key][:64] for key in file.files}
-    flags = f"{SMALL} --dataset {tmp_path / 'data.npz'} --epochs 1 --out {tmp_path / 'run'}"
-    np.savez(tmp_path / "data.npz", **arrays)
-    assert cli(train_fgsm, flags)[0] == 0
-    for change in ({"train_x": 255 - arrays["train_x"]}, {key: arrays[key][:40] for key in ("test_x", "test_y")}):
-        np.savez(tmp_path / "data.npz", **arrays | change)
-        code, _, err = cli(train_fgsm, f"{flags} --resume")
-        assert code == 2 and err.count("\n") == 1 and "cannot resume" in err and "data was {" in err
+    assert cli(train_fgsm, f"{flags} --resume")[0] == 0
 
 
 def test_a_warning_names_the_epoch(cli, tmp_path, monkeypatch):
     seen = iter([(50, 30, 28), (50, 30, 28), (80, 60, 1), (80, 60, 1)])  # test and train, two epochs
-    monkeypatch.setattr(
-        bookkeeping, "monitor", lambda *_: dict(zip(("clean", "fgsm", "pgd10"), next(seen)), alignment=0.5)
-    )
-    code, out, _ = cli(train_fgsm, f"{SMALL} --epochs 2 --out {tmp_path / 'run'}")
-    assert code == 0
-    assert "warning: epoch 2: catastrophic overfitting" in out and "warning: epoch 1" not in out
-    # The collapsed epoch is not the best one.
-    best, last = (load_file(tmp_path / "run" / name)["state_dict"]["fc.weight"] for name in ("best.pt", "model.pt"))
-    assert not torch.equal(best, last)
+    keys = ("clean", "fgsm", "pgd10", "alignment")
+    monkeypatch.setattr(bookkeeping, "monitor", lambda *_: dict(zip(keys, (*next(seen), 0.5))))
+    code, out, _ = cli(train_fgsm, f"{SMALL} --epochs 2 --out {tmp_path}")
+    assert code == 0 and "warning: epoch 2: catastrophic overfitting" in out and "warning: epoch 1" not in out
+    best, last = (load_file(tmp_path / name)["state_dict"]["fc.weight"] for name in ("best.pt", "model.pt"))
+    assert not torch.equal(best, last)  # the collapsed epoch is not the best one
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(cli, tmp_path):
-    run = tmp_path / "run"
-    code, _, err = cli(train_fgsm, f"{SMALL} --epochs 2 --lr-max 1e9 --out {run}")
-    assert code == 1 and err.count("\n") == 1 and "not finite in epoch 1" in err and "--lr-max" in err
-    assert {path.name for path in run.iterdir()} == {"config.json"}
+@pytest.mark.parametrize(("name", "value"), [("weights", "inf"), ("loss", "nan")])
+def test_an_epoch_with_weights_or_losses_that_are_not_finite_is_not_saved(refused, tmp_path, monkeypatch, name, value):
+    """Weights may explode in an epoch's last step, after its last loss; a loss may be bad and the weights not yet."""
+    plain, made = bookkeeping.Run.log, []
 
-
-def test_weights_that_explode_in_an_epochs_last_step_are_not_saved(cli, tmp_path, monkeypatch):
-    """The losses of that epoch are all finite."""
-    run, plain, made = tmp_path / "run", torch.optim.SGD.step, []
-
-    def step(self, *args, **kwargs):
-        plain(self, *args, **kwargs)
+    def log(self, loss, logits, y):
         made.append(1)
-        if len(made) == 8:  # of four steps an epoch
-            self.param_groups[0]["params"][0].data[0] = float("inf")
+        if len(made) == 8 and name == "weights":  # of four steps an epoch
+            next(self.model.parameters()).data[0] = float(value)
+        plain(self, loss * float(value) if len(made) == 8 and name == "loss" else loss, logits, y)
 
-    monkeypatch.setattr(torch.optim.SGD, "step", step)
-    code, _, err = cli(train_fgsm, f"{SMALL} --epochs 3 --out {run}")
-    assert code == 1 and err.count("\n") == 1 and "not finite in epoch 2" in err
-    for name in ("best.pt", "checkpoint.pt"):
-        assert all(w.isfinite().all() for w in load_file(run / name)["state_dict"].values())
-    assert len(load_file(run / "checkpoint.pt")["rows"]) == 1
-
-
-BAD_FLAGS = [
-    ("--eps 256", "256 is out of range"),
-    ("--eps eight", "invalid number value: 'eight'"),
-    ("--depth 12", "choose from 10, 16, 22"),
-    ("--epochs 1.5", "invalid whole number value: '1.5'"),
-    ("--batch-size 5000", "lower --batch-size"),
-    ("--lr-max inf", "--lr-max"),
-    ("--dropout 1", "out of range: 0 to 0.99"),
-    ("--device cuda:77", "no device 'cuda:77'"),
-    ("--device tpu", "no device 'tpu'"),
-    ("--precision fp16", "--precision"),
-    ("--dataset imagenet", "no data set 'imagenet'"),
-    ("--resume", "no run to resume"),
-    ("--resume --overwrite", "--overwrite"),
-    ("--seed -1", "--seed"),
-    ("--eps", "expected one argument"),
-    ("--alpha 8", "8 is out of range"),
-    ("extra", "unrecognized arguments: extra"),
-]
-BAD_OWN_FLAGS = [
-    ("n_fgsm", "--noise -1", "--noise"),
-    ("fgsm_ckpt", "--checkpoints 0", "--checkpoints"),
-    ("yopo", "--inner 1.5", "--inner"),
-    ("pgd", "--init random", "--init"),
-]
-BAD_SLAT_FLAGS = [
-    ("--layers 0,conv9", "'conv9' is unknown"),
-    ("--layers 0,0", "'0' is unknown or twice"),
-    ("--layers ,", "''"),
-    ("--input-step x", "--input-step"),
-]
+    monkeypatch.setattr(bookkeeping.Run, "log", log)
+    refused(train_fgsm, f"{SMALL} --epochs 3 --out {tmp_path}", "not finite in epoch 2", "--lr-max", code=1)
+    for file in ("best.pt", "checkpoint.pt"):
+        assert all(w.isfinite().all() for w in load_file(tmp_path / file)["state_dict"].values())
+    assert len(load_file(tmp_path / "checkpoint.pt")["rows"]) == 1
 
 
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
-    [("fgsm", *case) for case in BAD_FLAGS] + [("slat", *case) for case in BAD_SLAT_FLAGS] + BAD_OWN_FLAGS,
-)
-def test_bad_flags_are_one_line_and_write_nothing(cli, tmp_path, script, flags, message):
-    code, _, err = cli(SCRIPTS[script], f"--dataset {TINY} --out {tmp_path / 'run'} {flags}")
-    assert code == 2 and err.count("\n") == 1 and message in err
+    [("fgsm", "--eps 256", "256 is out of range"), ("fgsm", "--eps eight", "invalid number value: 'eight'"),
+     ("fgsm", "--eps", "expected one argument"), ("fgsm", "--depth 12", "choose from 10, 16, 22"),
+     ("fgsm", "--epochs 1.5", "invalid whole number value: '1.5'"), ("fgsm", "--batch-size 5000", "lower --batch-size"),
+     ("fgsm", "--lr-max inf", "--lr-max"), ("fgsm", "--dropout 1", "out of range: 0 to 0.99"), ("fgsm", "--seed -1", "--seed"),
+     ("fgsm", "--device cuda:77", "no device 'cuda:77'"), ("fgsm", "--device tpu", "no device 'tpu'"),
+     ("fgsm", "--precision fp16", "--precision"), ("fgsm", "--dataset imagenet", "no data set 'imagenet'"),
+     ("fgsm", "--resume", "no run to resume"), ("fgsm", "--resume --overwrite", "--overwrite"),
+     ("fgsm", "--alpha 8", "8 is out of range"), ("fgsm", "extra", "unrecognized arguments: extra"),
+     ("slat", "--layers 0,conv9", "'conv9' is unknown"), ("slat", "--layers 0,0", "'0' is unknown or twice"),
+     ("slat", "--layers ,", "''"), ("slat", "--input-step x", "--input-step"),
+     ("n_fgsm", "--noise -1", "--noise"), ("fgsm_ckpt", "--checkpoints 0", "--checkpoints"),
+     ("yopo", "--inner 1.5", "--inner"), ("pgd", "--init random", "--init"),
+     ("fgsm_ga", "--compile", "cannot differentiate twice")],
+)  # fmt: skip
+def test_bad_flags_are_one_line_and_write_nothing(refused, tmp_path, script, flags, message):
+    refused(SCRIPTS[script], f"{SMALL} --out {tmp_path / 'run'} {flags}", message)
     assert not list(tmp_path.iterdir())
 
 
@@ -200,15 +178,14 @@ def test_bad_flags_are_one_line_and_write_nothing(cli, tmp_path, script, flags, 
         ("--device cuda --compile", {"shutil.which": None, "has_bf16": True}, "install gcc"),
         ("--device cuda --precision bf16", {"has_bf16": False}, "no bfloat16 for Tesla T4: give fp32"),
     ],
-)  # fmt: skip
-def test_what_a_gpu_cannot_do_is_one_line(cli, monkeypatch, flags, changes, message):
+)
+def test_what_a_gpu_cannot_do_is_one_line(refused, monkeypatch, flags, changes, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     monkeypatch.setattr(common, "find_device", torch.device)
     for name, result in changes.items():
-        monkeypatch.setattr(f"common.{name}", lambda *_, result=result: result)
-    code, _, err = cli(train_fgsm, flags)
-    assert code == 2 and err.count("\n") == 1 and message in err
+        monkeypatch.setattr(f"common.{name}", mock.Mock(return_value=result))
+    refused(train_fgsm, flags, message)
 
 
 def test_auto_says_why_it_does_not_take_a_gpu(monkeypatch, capsys):
@@ -244,17 +221,6 @@ def test_a_reader_that_goes_away_ends_no_epoch(tmp_path):
     assert [row["epoch"] for row in rows(tmp_path)] == [1]
 
 
-def test_the_status_line_outlives_its_stream(monkeypatch, capsys):
-    line, gone = common.StatusLine(), mock.Mock(write=mock.Mock(side_effect=BrokenPipeError))
-    line.show("too early")
-    for stream, text in ((sys.stderr, "epoch 1"), (gone, "epoch 2"), (sys.stderr, "epoch 3")):
-        monkeypatch.setattr(sys, "stderr", stream)
-        line.last -= 20
-        line.show(text)
-        line.clear()
-    assert capsys.readouterr() == ("", "epoch 1\nepoch 3\n")
-
-
 def test_a_gpus_random_numbers_are_in_the_checkpoint(monkeypatch):
     state = torch.arange(3)
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state)
@@ -264,69 +230,183 @@ def test_a_gpus_random_numbers_are_in_the_checkpoint(monkeypatch):
     assert state.tolist() == [1, 1, 1]
 
 
-def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, tmp_path):
-    flags = f"{SMALL} --epochs 1 --out {tmp_path}"
-    (tmp_path / "notes.txt").write_text("mine")
-    assert cli(train_fgsm, flags)[0] == 0
-    before = (tmp_path / "model.pt").read_bytes()
-    for more, message in (
-        ("", "holds a run"),
-        ("--resume --eps 4", "eps was 8.0 there and is 4.0"),
-        ("--resume --width 2", "width was 1 there and is 2 now"),
-        ("slat --resume", "method was fgsm there and is slat now"),
+def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, refused, finished, tmp_path, monkeypatch):
+    run = shutil.copytree(finished, tmp_path / "run")
+    flags, before = f"{FINISHED} --out {run}", (run / "model.pt").read_bytes()
+    (run / "notes.txt").write_text("mine")
+    for script, more, message in (
+        (train_fgsm, "", "holds a run"),
+        (train_fgsm, "--resume --eps 4", "eps was 8.0 there and is 4.0"),
+        (train_fgsm, "--resume --width 2", "width was 1 there and is 2 now"),
+        (train_slat, "--resume", "method was fgsm there and is slat now"),
     ):
-        script = train_slat if more.startswith("slat") else train_fgsm
-        code, _, err = cli(script, f"{flags} {more.removeprefix('slat')}")
-        assert code == 2 and message in err and err.count("\n") == 1
-        assert (tmp_path / "model.pt").read_bytes() == before
+        refused(script, f"{flags} {more}", message)
+        assert (run / "model.pt").read_bytes() == before
+    arrays, classes = common.load_arrays(json.loads((run / "config.json").read_text())["dataset"], None)
+    for change in ({"train_x": 255 - arrays["train_x"]}, {key: arrays[key][:40] for key in ("test_x", "test_y")}):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, "load_arrays", mock.Mock(return_value=(arrays | change, classes)))
+            refused(train_fgsm, f"{flags} --resume", "cannot resume", "data was {")
     assert cli(train_fgsm, f"{flags} --overwrite --seed 1")[0] == 0
-    assert (tmp_path / "model.pt").read_bytes() != before and (tmp_path / "notes.txt").read_text() == "mine"
-    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
-    code, _, err = cli(train_fgsm, f"{flags} --resume --seed 1")
-    assert code == 2 and "damaged" in err and err.count("\n") == 1
+    assert (run / "model.pt").read_bytes() != before and (run / "notes.txt").read_text() == "mine"
+    (run / "checkpoint.pt").write_bytes(b"damaged")
+    refused(train_fgsm, f"{flags} --resume --seed 1", "damaged")
 
 
-def test_a_run_folder_that_cannot_be(cli, tmp_path):
-    (tmp_path / "file").write_text("")
-    for out, message in (("file", "File exists"), ("file/run", "Not a directory")):
-        code, _, err = cli(train_fgsm, f"{SMALL} --out {tmp_path / out}")
-        assert code == 2 and message in err and err.count("\n") == 1
+def test_a_download_that_fails_names_the_flags_for_local_data(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", mock.Mock(side_effect=OSError("no route to host")))
+    flags = f"--eps 8 --layers 0,conv1,conv2 --out {tmp_path / 'run'}"
+    refused(train_slat, flags, "--data-dir", "--dataset FILE.npz", "no route to host")
 
 
-def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(cli, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    replaced = []
+class Payload:
+    """Creates a file when it is unpickled."""
 
-    def replace(new, path, original=common.os.replace):
-        if Path(path).name == "checkpoint.pt" and replaced.count("checkpoint.pt") == 1:
-            raise OSError(28, "No space left on device")
-        replaced.append(Path(path).name)
-        original(new, path)
+    def __init__(self, path):
+        self.path = str(path)
 
-    monkeypatch.setattr(common.os, "replace", replace)
-    code, _, err = cli(train_fgsm, f"{SMALL} --epochs 3 --out {run}")
-    assert code == 2 and err == f"train_fgsm.py: error: No space left on device: {run}/checkpoint.pt\n"
-    assert len(load_file(run / "checkpoint.pt")["rows"]) == 1 and not list(run.glob("*.new"))
+    def __reduce__(self):
+        return open, (self.path, "w")
 
 
-@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, fault):
-    path = tmp_path / "checkpoint.pt"
-    common.write_text(path, "old")
-
-    def fsync(_):  # half-way: the new bytes are in the file beside it
-        raise fault
-
-    monkeypatch.setattr(common.os, "fsync", fsync)
-    with pytest.raises(type(fault)):
-        common.write_text(path, "new")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+def saved(arrays):
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
 
 
-def test_a_download_that_fails_names_the_flag_for_local_data(cli, tmp_path, monkeypatch):
-    def no_network(*_, **__):
-        raise OSError("no route to host")
+IMAGES = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+GOOD = {"train_x": IMAGES, "train_y": np.arange(20) % 4, "test_x": IMAGES[:5], "test_y": np.arange(5) % 4}
+BAD_DATA = {
+    "float images": ({"train_x": IMAGES.astype(np.float32)}, "it must be uint8"),
+    "four channels": ({"train_x": IMAGES.repeat(2, -1)[..., :4]}, "(N, H, W, 3)"),
+    "no images": ({"train_x": IMAGES[:0], "train_y": GOOD["train_y"][:0]}, "it must be uint8"),
+    "no pixels": ({"test_x": GOOD["test_x"][:, :0]}, "it must be uint8"),
+    "other sizes": ({"test_x": GOOD["test_x"][:, :6]}, "the same H, W everywhere"),
+    "labels too few": ({"train_y": GOOD["train_y"][:-1]}, "whole numbers (20,)"),
+    "labels with fractions": ({"test_y": GOOD["test_y"] + 0.5}, "whole numbers (5,)"),
+    "label below zero": ({"train_y": GOOD["train_y"] - 1}, "train_y has labels -1 to 2"),
+    "label of no class": ({"test_y": GOOD["test_y"] + 3}, "test_y has labels 3 to 6, it must have 0 to 3"),
+    "label without end": ({"train_y": GOOD["train_y"] + 10**9}, "0 to 999 at most"),
+    "labels of 64 bits": ({"train_y": GOOD["train_y"].astype(np.uint64) + 2**63}, "0 to 999 at most"),
+    "an array missing": ({"test_y": None}, "test_y"),
+    "objects": ({"train_y": np.array([print] * 20)}, "no data set"),
+}
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
-    code, _, err = cli(train_slat, f"--eps 8 --layers 0,conv1,conv2 --out {tmp_path / 'run'}")
-    assert code == 2 and err.count("\n") == 1 and "--data-dir" in err and "no route to host" in err
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_wrong_data(refused, tmp_path, name):
+    change, message = BAD_DATA[name]
+    (tmp_path / "data.npz").write_bytes(saved({k: v for k, v in (GOOD | change).items() if v is not None}))
+    refused(train_fgsm, f"--dataset {tmp_path / 'data.npz'} --out {tmp_path / 'run'}", "data.npz", message)
+
+
+def test_damaged_and_hostile_data(cli, refused, tmp_path):
+    path, trap, packed = tmp_path / "data.npz", pickle.dumps(Payload(tmp_path / "pwned")), io.BytesIO()
+    flags = f"--dataset {path} --depth 10 --width 1 --batch-size 4 --epochs 1 --device cpu --out {tmp_path / 'run'}"
+    with zipfile.ZipFile(packed, "w") as file:
+        for name in GOOD:
+            file.writestr(f"{name}.npy", trap)
+    for content in (trap, packed.getvalue(), saved(GOOD)[:-900], b"hello", b""):
+        path.write_bytes(content)
+        refused(train_fgsm, flags, "data.npz")
+    assert [*tmp_path.iterdir()] == [path]
+    path.write_bytes(saved(GOOD))
+    assert cli(train_fgsm, flags)[0] == 0
+
+
+def test_wrong_and_hostile_weights(finished, tmp_path):
+    good, path = torch.load(finished / "model.pt", weights_only=True), tmp_path / "model.pt"
+    weights, arguments = good["state_dict"], good["arguments"]
+    trap = Payload(tmp_path / "pwned")
+    bad = [
+        (good | {"state_dict": trap}, ""),
+        (good | {"arguments": trap}, ""),
+        ([1, 2], "no dictionary"),
+        (good | {"state_dict": [1]}, "no state_dict"),
+        (good | {"state_dict": weights | {"fc.bias": "hello"}}, ""),
+        (good | {"arguments": "hello"}, "no arguments"),
+        (good | {"arguments": arguments | {"depth": 11}}, "6n"),
+        (good | {"arguments": arguments | {"width": 2}}, "size mismatch"),
+        (good | {"state_dict": {k: v for k, v in weights.items() if k != "fc.bias"}}, 'missing.*"fc.bias"'),
+        (good | {"state_dict": weights | {"fc.scale": weights["fc.bias"]}}, 'unexpected.*"fc.scale"'),
+        ({"state_dict": weights}, "no arguments"),
+        (pickle.dumps(trap), "damaged"),
+        ((finished / "model.pt").read_bytes()[:5000], "damaged"),
+        (b"no", "damaged"),
+        (b"", "damaged"),
+        (None, "no file"),
+    ]
+    for content, message in bad:
+        if content is None:
+            path.unlink()
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        with pytest.raises(ValueError, match="model.pt") as error:
+            load_model(path)
+        text = str(error.value)
+        assert "\n" not in text and len(text) < 400 and re.search(message, text, re.I), text
+    shutil.copy(finished / "checkpoint.pt", tmp_path)
+    with pytest.raises(ValueError, match="is not finished: name .*checkpoint.pt to load it as it stands"):
+        load_model(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_strangers_weights(tmp_path, new):
+    """As any version of torch has saved them; code and numpy's scalars are named, not run."""
+    path, weights = tmp_path / "weights.pt", {"w": torch.ones(3)}
+    torch.save(weights, path, _use_new_zipfile_serialization=new)
+    assert_same(load_file(path), weights)
+    for extra, name in ((argparse.Namespace(lr=1), "argparse.Namespace"), (np.float64(3), "numpy.*scalar")):
+        torch.save(weights | {"args": extra}, path, _use_new_zipfile_serialization=new)
+        with pytest.raises(ValueError, match=f"weights.pt holds {name}, code that is not run: save"):
+            load_file(path)
+
+
+def test_a_flipped_bit_is_noticed(finished, tmp_path):
+    """Or does no harm: not every byte of a zip means something."""
+    path, refused = tmp_path / "checkpoint.pt", 0
+    content, whole = (finished / "checkpoint.pt").read_bytes(), load_file(finished / "checkpoint.pt")
+    for i in range(50):
+        flipped = bytearray(content)
+        flipped[len(content) * i // 50 + i] ^= 1 << i % 8
+        path.write_bytes(flipped)
+        try:
+            assert_same(load_file(path), whole)
+        except ValueError:
+            refused += 1
+    assert refused > 40
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (lambda s: s.pop("optimizer"), 2, "does not fit"),
+        (lambda s: s.update(extra=[1]), 2, "does not fit"),
+        (lambda s: s["rng"].update(cpu=torch.zeros(3)), 2, "does not fit"),
+        (lambda s: s.update(rng=5), 2, "does not fit"),
+        (lambda s: s.update(rows=5), 2, "does not fit"),
+        (lambda s: s.update(rows=[]), 2, "does not fit"),
+        (lambda s: s["state_dict"].pop("fc.bias"), 2, "does not fit"),
+        (lambda s: s["state_dict"]["fc.bias"].fill_(float("nan")), 1, "not finite"),
+    ],
+)
+def test_wrong_checkpoints(refused, finished, tmp_path, change, code, message):
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text()) | {"epochs": 4}
+    (run / "config.json").write_text(json.dumps(config))
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    change(state)
+    torch.save(state, run / "checkpoint.pt")
+    refused(train_fgsm, f"{FINISHED} --epochs 4 --out {run} --resume", message, code=code)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3", '"a"', "{}", '{"method": "slat"}'])
+def test_a_damaged_config(refused, finished, tmp_path, content):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "config.json").write_text(content)
+    message = "cannot resume" if content.endswith("}") else "config.json is damaged"
+    refused(train_fgsm, f"{FINISHED} --out {run} --resume", message)

@@ -6,21 +6,26 @@ import common
 from wrn import LAYERS, WideResNet, dropout, layout, load_model
 
 
-def test_wrn_28_10_has_the_papers_size():
+def test_wrn_28_10_has_the_papers_size_and_depth_is_6n_plus_4():
     with torch.device("meta"):
         model = WideResNet(28, 10)
     assert sum(p.numel() for p in model.parameters()) == 36_479_194  # 36.5 M, Zagoruyko & Komodakis, table 4
+    for depth in (4, 12, 27):
+        with pytest.raises(ValueError, match="6n"):
+            WideResNet(depth)
 
 
-@pytest.mark.parametrize("depth", [4, 12, 27])
-def test_depth_is_6n_plus_4(depth):
-    with pytest.raises(ValueError, match="6n"):
-        WideResNet(depth)
+def test_the_shortcut_reads_the_activated_input():
+    model = WideResNet(10, 2).eval()
+    block = model.conv2[0]
+    block.conv2.weight.data.zero_()
+    _, h = model(torch.rand(2, 3, 8, 8), return_features=True)
+    torch.testing.assert_close(h["conv2"], block.shortcut(F.relu(block.bn1(h["conv1"]))))
 
 
 def test_initialisation():
     torch.manual_seed(0)
-    model = WideResNet(16, 4)
+    model = WideResNet(10, 4)
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d) and module.weight.numel() > 10_000:
             k, out = module.kernel_size[0], module.out_channels
@@ -31,12 +36,11 @@ def test_initialisation():
 def test_delta_moves_the_layer_it_names_and_those_behind_it():
     torch.manual_seed(0)
     model = WideResNet(10, 1).eval()
-    x = torch.rand(2, 3, 32, 32)
+    x = torch.rand(2, 3, 16, 16)
     plain, h = model(x, return_features=True)
     assert list(h) == list(LAYERS) and h["0"] is x
-    assert [tuple(h[k].shape[1:]) for k in LAYERS] == [
-        (3, 32, 32), (16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)
-    ]  # fmt: skip
+    sizes = [(3, 16, 16), (16, 16, 16), (16, 16, 16), (32, 8, 8), (64, 4, 4)]
+    assert [tuple(h[k].shape[1:]) for k in LAYERS] == sizes
     for i, name in enumerate(LAYERS):
         d = 0.1 * torch.randn_like(h[name])
         logits, moved = model(x, delta={name: d}, return_features=True)
@@ -50,12 +54,13 @@ def test_delta_moves_the_layer_it_names_and_those_behind_it():
 
 def test_the_network_normalises_and_its_logits_are_float32():
     torch.manual_seed(0)
-    x = torch.rand(2, 3, 8, 8)
-    model = WideResNet(10, 1, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)).eval()
+    x, mean, std = torch.rand(2, 3, 8, 8), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    model = WideResNet(10, 1, mean=mean, std=std).eval()
     plain = WideResNet(10, 1, mean=(0.0,) * 3, std=(1.0,) * 3).eval()
     plain.load_state_dict(model.state_dict())
-    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
-    torch.testing.assert_close(model(x), plain((x - mean) / std))
+    torch.testing.assert_close(
+        model(x), plain((x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert model(x).dtype == torch.float32
 
@@ -70,7 +75,6 @@ def test_dropout_is_torchs_dropout_in_distribution(dtype):
         n = x.numel()
         kept = out != 0
         assert abs(kept.double().mean() - 0.7) < 5 * (0.3 * 0.7 / n) ** 0.5
-        assert set(out[kept].tolist()) == {torch.tensor(1 / 0.7, dtype=dtype).item()} or dtype == torch.float32
         torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / 0.7), rtol=1e-5, atol=0)
         # Neither neighbours in space nor in the batch share their fate.
         for a, b in ((kept[1:], kept[:-1]), (kept[:, 1:], kept[:, :-1]), (kept[..., 1:], kept[..., :-1])):
@@ -102,6 +106,5 @@ def test_load_model_gives_back_the_network(tmp_path):
 def test_mps_has_no_channels_last(monkeypatch):
     assert layout("mps") == torch.contiguous_format and layout("cuda:1") == layout("cpu") == torch.channels_last
     images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
-    assert common.to_float(images).is_contiguous(memory_format=torch.channels_last)
     monkeypatch.setattr(common, "layout", lambda _: layout("mps"))
     assert common.to_float(images).is_contiguous()

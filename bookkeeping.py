@@ -30,7 +30,7 @@ class Run:
 
     def __init__(self, args, model, optimizer, data, replays=1):
         self.args, self.model, self.optimizer, self.data = args, model, optimizer, data
-        self.out, self.steps = Path(args.out), len(data.train_y) // args.batch_size * replays
+        self.out, self.steps = Path(args.out), data.steps(args.batch_size) * replays
         self.epoch, self.rows, self.extra, self.line = 0, [], {}, StatusLine()
         self._open_folder()
         if args.resume and (self.out / "checkpoint.pt").exists():  # there is none if it was killed in its first epoch

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wrn import FileError, layout
+from wrn import layout
 
 CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
@@ -344,8 +344,6 @@ def launch(main):
     except BrokenPipeError:  # `| head` has seen enough; Python would try to write the rest as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         fail("nothing reads this output any more: --resume continues a training run")
-    except FileError as error:
-        fail(error)
     except OSError as error:
         fail(f"{error.strerror or error}: {error.filename}" if error.filename else error)
     except RuntimeError as error:

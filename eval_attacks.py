@@ -436,8 +436,6 @@ def parse_args():
     args.training = training_of(args.run) if args.run else {}
     args.eps = args.training.get("eps", 8.0) if args.eps is None else args.eps
     args.dataset = args.dataset or args.training.get("dataset")
-    if not args.dataset:
-        parser.error("give --dataset: cifar10, cifar100 or an .npz (no config.json of a run names one)")
     if 0 < args.eps < 1:
         common.note(f"--eps {args.eps:g} is in units of 1/255")
     args.device = common.find_device(args.device)
@@ -523,14 +521,14 @@ def evaluate(args):
     import common
 
     model, eps = load_network(args), args.eps / 255
+    if not args.dataset:
+        common.fail("give --dataset: cifar10, cifar100 or an .npz (no config.json of a run names one)")
     data = common.Data(args.dataset, args.data_dir, args.device, ("test",))
     x, y = data.test(args.n)
     state = load_state(args, model, x, y)
     masks, seconds, x_adv = state["masks"], state["seconds"], state["x_adv"]
     of_pgd = {"steps": args.steps, "restarts": args.restarts, "step_size": args.step_size * eps}
     options = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.search_precision}
-    print(f"network  {args.run or args.model}, {args.device}, search in {args.search_precision}, verdicts in fp32")
-    print(f"images   first {len(y):,} test images of {data.name}, eps {args.eps:g}/255")
     start = time.perf_counter()
     warnings = check_network(model, x, y, eps, args.batch_size)
     masks["clean"] = predict(model, x, args.batch_size) == y
@@ -589,6 +587,9 @@ def evaluate(args):
         arrays, file = {"x": x_adv.permute(0, 2, 3, 1), "y": y, "adversarial": verdict}, io.BytesIO()
         np.savez_compressed(file, **{key: value.cpu().numpy() for key, value in arrays.items()}, eps=args.eps)
         common.write_file(args.save_adv, file.getbuffer())
+    # Only now, so that a reader of stdout that has gone away costs nothing.
+    print(f"network  {args.run or args.model}, {args.device}, search in {args.search_precision}, verdicts in fp32")
+    print(f"images   first {len(y):,} test images of {data.name}, eps {args.eps:g}/255")
     print(f"\n{'attack':<16}{'accuracy %':>10}{'seconds':>10}")
     for label, value in accuracy.items():
         print(f"{label:<16}{value:>10.2f}{seconds[label]:>10.1f}")

@@ -130,14 +130,10 @@ def layout(device):
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
-class FileError(ValueError):
-    """A file is missing, damaged or another one than was wanted; the message, one line, names it."""
-
-
 def load_file(path):
-    """The dictionary in a file that any version of torch.save wrote, on the CPU; FileError otherwise."""
+    """The dictionary in a file that any version of torch.save wrote, on the CPU; OSError of one line otherwise."""
     if not Path(path).is_file():
-        raise FileError(f"no file {path}")
+        raise OSError(f"no file {path}")
     reason = "is damaged, or holds no dictionary written by torch.save"
     try:
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # checksums, which torch ignores
@@ -148,15 +144,15 @@ def load_file(path):
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             remedy = "save the weights by themselves, torch.save(model.state_dict(), FILE)"
             reason = f"holds {code[1]}, code that is not run: {remedy}"
-    raise FileError(f"{path} {reason}")
+    raise OSError(f"{path} {reason}")
 
 
 def load_model(path, device="cpu"):
-    """The network of a run folder (its model.pt) or one of its .pt files, in eval mode; FileError as load_file."""
+    """The network of a run folder (its model.pt) or one of its .pt files, in eval mode; OSError as load_file."""
     path = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     checkpoint = path.with_name("checkpoint.pt")
     if path.name == "model.pt" and not path.exists() and checkpoint.exists():
-        raise FileError(f"{path.parent} is not finished: name {checkpoint} to load it as it stands")
+        raise OSError(f"{path.parent} is not finished: name {checkpoint} to load it as it stands")
     content = load_file(path)
     arguments, weights = content.get("arguments"), content.get("state_dict")
     try:
@@ -165,5 +161,5 @@ def load_model(path, device="cpu"):
         model = WideResNet(**arguments)
         model.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
-        raise FileError(f"{path} does not hold a WideResNet: {' '.join(str(error).split())[:200]}") from None
+        raise OSError(f"{path} does not hold a WideResNet: {' '.join(str(error).split())[:200]}") from None
     return model.to(device, memory_format=layout(device)).eval()

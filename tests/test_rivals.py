@@ -366,7 +366,9 @@ def test_elles_lambda_jumps_and_decays_as_by_hand():
      ("elle", "--constant --eps 20", {"elle_lambda": 5000}), ("elle", "--constant --eps 24", {"elle_lambda": 10000}),
      ("elle", "--constant --elle-lambda 7", {"elle_lambda": 7})],
 )  # fmt: skip
-def test_defaults_follow_eps_and_data_set(script, flags, expected):
+def test_defaults_follow_eps_and_data_set(capsys, script, flags, expected):
     args = vars(parsed(SCRIPTS[script], flags))
     assert {key: args[key] for key in expected} == pytest.approx(expected)
     assert all((key in args["not_default"]) == (key.replace("_", "-") in flags) for key in expected)
+    note = "note: the authors name no lambdas for eps 13: taking those for eps 12\n"
+    assert capsys.readouterr().err == note * ("--eps 13" in flags)

@@ -293,8 +293,8 @@ def run(
     ranking = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)  # y comes last
     trials, batch_size = min(trials, logits.shape[1] - 1) if targeted else trials, batch_size or BATCH_SIZE[device.type]
     searches = [(precision, steps)] + [("fp32", math.ceil(steps / 20))] * (precision == "bf16")
-    # A tenth of a trial comes first, to sort out what breaks early; not where an attack came before.
-    for trial, part in [(0, 0.1)] * (not before) + [(trial, 1) for trial in range(trials)]:
+    few = max(6, steps // 50)  # iterations that come first, to sort out what breaks early; not after another attack
+    for trial, most in [(0, few)] * (few < steps and not before) + [(trial, steps) for trial in range(trials)]:
         left = robust.nonzero().flatten()
         for k, images in enumerate(left.split(batch_size) if len(left) else ()):
             b = SimpleNamespace(x=x[images], y=y[images], target=ranking[images, trial] if targeted else None)
@@ -303,7 +303,7 @@ def run(
             unbroken, best = torch.ones_like(images, dtype=torch.bool), None
             for numbers, length in searches:
                 with PRECISIONS[numbers](device):
-                    for i, found in zip(range(math.ceil(part * length)), loop(b, best, length)):
+                    for i, found in zip(range(min(most, length)), loop(b, best, length)):
                         point, logits, best = found
                         hit = unbroken & (logits.argmax(1) != b.y)
                         if hit.any():
@@ -491,7 +491,7 @@ def load_weights(model, content, path):
         content = {re.sub(r"^((module|_orig_mod)\.)+", "", str(name)): value for name, value in content.items()}
     try:
         model.load_state_dict(content)
-    except (RuntimeError, TypeError) as error:  # weights that are missing, too many or of other shapes
+    except RuntimeError as error:  # weights that are missing, too many or of other shapes
         raise ContractError(f"{path} does not fit the network: {' '.join(str(error).split())[:300]}") from None
 
 

@@ -55,7 +55,7 @@ def pyplot():
 
     plt.rcParams.update(
         {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "savefig.facecolor": "white"}
-        | {"legend.edgecolor": "none", "legend.framealpha": 1, "svg.hashsalt": "slat"}
+        | {"figure.max_open_warning": 0, "legend.edgecolor": "none", "legend.framealpha": 1, "svg.hashsalt": "slat"}
     )
     return plt
 

@@ -161,6 +161,8 @@ def frozen(model):
 def place(model, args, attack_apart=True):
     """Put the network on its device; with --compile, compile it."""
     model.to(args.device, memory_format=layout(args.device))
+    if not args.compile:
+        return
     forward = model.forward
 
     # A compiled backward pass computes every gradient, wanted or not. So an attack's pass, where the images want one,
@@ -169,9 +171,8 @@ def place(model, args, attack_apart=True):
         with frozen(model) if attack_apart and x.requires_grad else contextlib.nullcontext():
             return forward(x, **kwargs)
 
-    if args.compile:
-        model.compile()
-        model.forward = attack_or_train
+    model.compile()
+    model.forward = attack_or_train
 
 
 class Data:

@@ -478,7 +478,7 @@ def load_network(args):
         raise RuntimeError(f"--model {args.model}") from error
     finally:
         sys.modules.update(ours)
-    if weights:
+    if args.weights:
         load_weights(model, weights, args.weights)
     return model.float().to(args.device).eval().requires_grad_(False)
 

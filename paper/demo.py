@@ -29,7 +29,7 @@ def picture(run):
     """RUN/examples.png, a column for each broken image: clean, perturbation (smoothed, scaled), adversarial."""
     with np.load(run / "adv.npz", allow_pickle=False) as file:
         x_adv, y, broken = torch.from_numpy(file["x"]).permute(0, 3, 1, 2), file["y"], file["adversarial"]
-    data, model = common.Data(str(DATA), None, "cpu"), load_model(run)
+    data, model = common.Data(str(DATA), None, "cpu", ("test",)), load_model(run)
     x, classes = data.test(len(y))[0], data.classes
     shown = (broken & (predict(model, x).numpy() == y)).nonzero()[0][:10]
     x, x_adv = x[shown], x_adv[shown]
@@ -47,7 +47,7 @@ def main():
     if len(sys.argv) > 1:
         return picture(Path(sys.argv[1]))
     start = time.perf_counter()
-    (x, y), eps = common.Data(str(DATA), None, "cpu").test(N), EPS / 255
+    (x, y), eps = common.Data(str(DATA), None, "cpu", ("test",)).test(N), EPS / 255
     precision = "bf16" if common.has_bf16("cpu") else "fp32"
     print("Two networks that ship with the project. Both were trained on all of CIFAR-10 to")
     print(f"withstand eps {EPS}/255, one with FGSM, one with SLAT. Accuracy on {N} images, %:\n")

@@ -440,6 +440,7 @@ def test_any_weights_file(cli, net, tiny, tmp_path, name):
         ({"acc": np.float64(3)}, "multiarray.scalar, code that is not run: save the weights by themselves"),
         (nn.Linear(2, 2), "holds torch.nn.modules.linear.Linear, code that is not run: save the weights"),
         ([1, 2], "w.pt is damaged, or holds no dictionary"),
+        ({}, "does not fit the network: Error.s. in loading state_dict .* Missing"),
         ({"1.weight": torch.zeros(12, 5)}, 'does not fit the network: Error.s. in loading state_dict .* "1.bias"'),
     ],
 )

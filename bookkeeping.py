@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common import StatusLine, autocast, clock, fail, frozen, versions, write_file, write_torch
-from eval_attacks import ContractError, ascend, cross_entropy, percent, pgd, predict
+from eval_attacks import ContractError, ascend, cross_entropy, percent, pgd
 from wrn import load_file
 
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "best.pt")
@@ -192,18 +192,18 @@ def monitor(model, x, y, eps, batch_size):
     gradients at x and at x + u, u ~ U(-eps, eps) (Andriushchenko & Flammarion 2020, arXiv:2007.02617, eq. 3).
     """
 
-    def gradients(x):
+    def at(x):
         parts = zip(x.split(batch_size), y.split(batch_size))
-        return torch.cat([ascend(model, part, cross_entropy, label)[2] for part, label in parts])
+        logits, _, gradient = zip(*(ascend(model, part, cross_entropy, label) for part, label in parts))
+        return percent(torch.cat(logits).argmax(1) == y), torch.cat(gradient)
 
-    gradient = gradients(x)
+    clean, gradient = at(x)
     u = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) * 2 - 1
-    other = gradients(x + eps * u)
     return {
-        "clean": percent(predict(model, x, batch_size) == y),
-        "fgsm": percent(predict(model, (x + eps * gradient.sign()).clamp(0, 1), batch_size) == y),
+        "clean": clean,
+        "fgsm": at((x + eps * gradient.sign()).clamp(0, 1))[0],
         "pgd10": percent(pgd(model, x, y, eps, steps=10, restarts=1, batch_size=batch_size)[0]),
-        "alignment": F.cosine_similarity(gradient.flatten(1), other.flatten(1)).mean().item(),
+        "alignment": F.cosine_similarity(gradient.flatten(1), at(x + eps * u)[1].flatten(1)).mean().item(),
     }
 
 

@@ -8,7 +8,7 @@
     python -m paper.figures eps results/cpu/*_epochs8_*.json      Fig. 3: robust accuracy over the eps trained for
     python -m paper.figures eta results/cpu/*_epochs8_eps8_*      Fig. 7: accuracy over SLAT's steps
     python -m paper.figures dropout results/cpu/*_epochs8_eps8_*  accuracy over dropout: when SLAT is reliable
-    python -m paper.figures table results/cpu/*.json              Tables 1 to 4: mean and std over seeds
+    python -m paper.figures table results/[cg]pu/*.json           Tables 1 to 4: mean and std over seeds
 
 The first five take run folders, the others the files that `eval_attacks.py --json` wrote. Every figure is written as
 NAME.png, NAME.svg and NAME.json (the numbers); results/figures/remake.sh has the commands of the committed ones.

@@ -154,7 +154,8 @@ def table(args):
     for path, result in zip(args.runs, read_results(args)):
         config = result["training"]
         setup = (result["data"], (config["depth"], config["width"]), result["eps"], order(config["method"]))
-        setup += (text_of(result["flags"]), config["epochs"], result["n"])
+        done = (config.get("last_epoch") or {}).get("epoch", config["epochs"])  # fewer if it was stopped
+        setup += (text_of(result["flags"]), (config["epochs"], done), result["n"])
         groups.setdefault(setup, []).append((config["seed"], os.path.relpath(path, base), result))
 
     def cell(values, paper=None):
@@ -165,10 +166,11 @@ def table(args):
         return text + ("" if paper is None else f" ({paper:.1f})")
 
     lines = [RESULTS_HEAD]
-    for (data, _, eps, (_, method), flags, epochs, n), group in sorted(groups.items()):
+    for (data, _, eps, (_, method), flags, (epochs, done), n), group in sorted(groups.items()):
         results = [result for *_, result in group]
         paper = PAPER.get((data, method, flags), [None] * 3) if eps == 8 else [None] * 3
         columns = [[r["clean"] for r in results], *zip(*[robust_under(r) for r in results])]
+        epochs = f"{done} of {epochs}" if done < epochs else epochs
         row = [look(method)[0], flags, data, results[0]["network"], epochs, f"{eps:g}", n, *map(cell, columns, paper)]
         row += [cell([r["training"]["seconds"] / 60 for r in results])]
         row += [", ".join(sorted({r["training"]["hardware"] for r in results}))]

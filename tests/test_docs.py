@@ -94,7 +94,7 @@ def test_tables_and_counts_are_what_was_measured():
         row = f"{s['counted']:.2f} | {s['measured']:.2f} | {100 * s['spread']:.0f} % | {s['ms']:.0f} | "
         row += f"{s['images_per_second']:.0f} | {s['peak_bytes'] / 1e6:.0f} |"
         assert row.replace("| 0 %", "| ") in Path("docs/performance.md").read_text()
-    slat = [path for path in Path("results/cpu/runs").glob("slat*/config.json") if '"dropout": 0.3' in path.read_text()]
+    slat = [path for path in Path("results").glob("[cg]pu/runs/slat*/config.json") if '"dropout": 0.3' in path.read_text()]
     files = [path for name in ("slat", "fgsm") for path in Path("results/cpu").glob(f"{name}_wrn10-2_epochs8_*.json")]
     training = [figures.read_json(path)["training"] for path in files]
     minutes = [run["seconds"] / 60 for run in training if run["precision"] == "bf16"]
@@ -104,12 +104,12 @@ def test_tables_and_counts_are_what_was_measured():
 @pytest.mark.parametrize("page", ["README.md", "docs/methods.md", "results/RESULTS.md"])
 def test_accuracies_in_the_text_are_what_was_measured(page):
     """Each `a / b` and `a / b / c` is a result, a mean over seeds, clean / PGD-10 after an epoch, or the paper's."""
-    results = {path.stem: figures.read_json(path) for path in Path("results/cpu").glob("*.json")}
+    results = {path.stem: figures.read_json(path) for path in Path("results").glob("[cg]pu/*.json")}
     setups = {name[:-1] for name in results}  # without the seed
     known = {cell(r for name, r in results.items() if key in (name, name[:-1])) for key in setups.union(results)}
     known |= {" / ".join(f"{value:.1f}" for value in values if value is not None) for values in PAPER.values()}
     known |= {text.rpartition(" / ")[0] for text in known}
-    for path in Path("results/cpu/runs").glob("*/metrics.jsonl"):
+    for path in Path("results").glob("[cg]pu/runs/*/metrics.jsonl"):
         for line in map(json.loads, path.read_text().splitlines()):
             known.add(f"{line['test_clean']:.1f} / {line['test_pgd10']:.1f}")
     triple = r"(?<![\d.])\d+\.\d(?: / (?:\d+\.\d|-)(?!\d))+"

@@ -187,9 +187,10 @@ def device_rng(device, state=None):
 def monitor(model, x, y, eps, batch_size):
     """Clean, FGSM and PGD-10 accuracy in per cent and gradient alignment of a network in eval mode: a quick look.
 
-    fgsm is the plain accuracy on x + eps sign(grad), so it can exceed clean (label leaking). pgd10 is
-    eval_attacks.pgd with 10 steps of eps / 4 from one fixed random start. alignment is the mean cosine of the
-    gradients at x and at x + u, u ~ U(-eps, eps) (Andriushchenko & Flammarion 2020, arXiv:2007.02617, eq. 3).
+    clean and fgsm are judged in the precision around the call; fgsm is the plain accuracy on x + eps sign(grad), so it
+    can exceed clean (label leaking). pgd10 is eval_attacks.pgd with 10 steps of eps / 4 from one fixed random start.
+    alignment is the mean cosine of the gradients at x and at x + u, u ~ U(-eps, eps) (Andriushchenko & Flammarion 2020,
+    arXiv:2007.02617, eq. 3).
     """
 
     def at(x):

@@ -40,6 +40,8 @@ def exact(device):
     """Inside, float32 is float32: neither autocast nor TF32."""
     cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
     with contextlib.ExitStack() as undo, torch.autocast(device.type, enabled=False):
+        undo.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+        cudnn.benchmark = False  # verdicts come in batches of every size: each would be timed anew
         try:
             undo.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
             undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())

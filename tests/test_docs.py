@@ -94,7 +94,8 @@ def test_tables_and_counts_are_what_was_measured():
         row = f"{s['counted']:.2f} | {s['measured']:.2f} | {100 * s['spread']:.0f} % | {s['ms']:.0f} | "
         row += f"{s['images_per_second']:.0f} | {s['peak_bytes'] / 1e6:.0f} |"
         assert row.replace("| 0 %", "| ") in Path("docs/performance.md").read_text()
-    slat = [path for path in Path("results").glob("[cg]pu/runs/slat*/config.json") if '"dropout": 0.3' in path.read_text()]
+    slat = Path("results").glob("[cg]pu/runs/slat*/config.json")
+    slat = [path for path in slat if '"dropout": 0.3' in path.read_text()]
     files = [path for name in ("slat", "fgsm") for path in Path("results/cpu").glob(f"{name}_wrn10-2_epochs8_*.json")]
     training = [figures.read_json(path)["training"] for path in files]
     minutes = [run["seconds"] / 60 for run in training if run["precision"] == "bf16"]

@@ -90,6 +90,7 @@ CUDNN, MATMUL, MKLDNN = torch.backends.cudnn, torch.backends.cuda.matmul, torch.
 SWITCHES = {"older": [(CUDNN, "allow_tf32", True), (MATMUL, "allow_tf32", True)]}
 if hasattr(CUDNN, "conv"):
     SWITCHES["newer"] = [(switch, "fp32_precision", "tf32") for switch in (CUDNN.conv, MATMUL, MKLDNN.conv)]
+SWITCHES = {name: [*switches, (CUDNN, "benchmark", True)] for name, switches in SWITCHES.items()}
 
 
 @pytest.mark.parametrize("switches", SWITCHES)
@@ -117,6 +118,21 @@ def test_verdicts_use_neither_autocast_nor_tf32(trained, precision, switches):
     assert {s for grad, s in calls if not grad} == {exact}
     assert {s for grad, s in calls if grad} == {None: {outside}, "fp32": {exact}, "bf16": {outside, exact}}[precision]
     assert ((predict(model, x_adv) != y) == ~robust).all()
+
+
+def test_only_what_the_search_broke_is_judged(trained):
+    """A verdict costs a GPU, which has no fast float32, ten times what the search in bfloat16 does."""
+    model, x, y = trained
+    judged = collections.Counter()
+
+    def watched(images):
+        judged[eps] += 0 if torch.is_grad_enabled() else len(images)
+        return model(images)
+
+    for eps in (0.0, EPS):
+        robust, _ = pgd(watched, x, y, eps, steps=5, restarts=2)
+    broken = int((predict(model, x) == y).sum() - robust.sum())
+    assert broken > 5 and judged[EPS] - judged[0.0] == broken
 
 
 # ---------------------------------------------------------------- the contract of a call

@@ -140,7 +140,7 @@ class Run:
         write_torch(self.out / "model.pt", self._weights())
         seconds = sum(row["seconds"] for row in self.rows)
         print(f"trained  {clock(seconds)}: {self.out}/model.pt; accuracies above are in per cent")
-        print(f"next     {shlex.join(['python', 'eval_attacks.py', str(self.out), '--eps', f'{self.args.eps:g}'])}")
+        print(f"next     {shlex.join(['python', 'eval_attacks.py', str(self.out)])}")
 
     def _weights(self):
         return {"arguments": self.model.arguments, "state_dict": self.model.state_dict()}

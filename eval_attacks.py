@@ -308,7 +308,7 @@ def run(
                     for i, found in zip(range(min(most, length)), loop(b, best, length)):
                         point, logits, best = found
                         hit = (unbroken & (logits.argmax(1) != b.y)).nonzero().flatten()
-                        if len(hit):  # only these: on a GPU, float32 without TF32 costs ten times what bfloat16 does
+                        if len(hit):  # only these: without TF32, float32 costs a GPU many times what bfloat16 does
                             hit = hit[is_adversarial(model, b.x[hit], point[hit], b.y[hit], eps, batch_size)]
                             unbroken[hit], robust[images[hit]], x_adv[images[hit]] = False, False, point[hit]
                         if report:

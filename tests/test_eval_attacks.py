@@ -121,7 +121,7 @@ def test_verdicts_use_neither_autocast_nor_tf32(trained, precision, switches):
 
 
 def test_only_what_the_search_broke_is_judged(trained):
-    """A verdict costs a GPU, which has no fast float32, ten times what the search in bfloat16 does."""
+    """A verdict costs a GPU, whose float32 is slow without TF32, many times what the search in bfloat16 does."""
     model, x, y = trained
     judged = collections.Counter()
 

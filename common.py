@@ -200,7 +200,7 @@ class Data:
     def batches(self, epoch, batch_size, seed):
         """Yield (x, y) of one epoch: shuffled, cropped after zero padding by 4, flipped; x (B, 3, H, W) in [0, 1].
 
-        What epoch e of seed s shows depends on (s, e) alone, on no method, device or earlier random number.
+        What epoch e of seed s shows depends only on (s, e), on no method, device or earlier random number.
         """
         n, height, width, _ = self.train_x[:, 4:-4, 4:-4].shape
         random = np.random.Generator(np.random.PCG64([seed, epoch]))

@@ -3,7 +3,7 @@
 
     python eval_attacks.py runs/NAME --attack autoattack --n 1000
 
-Copy this file, or all of it above "command line", which needs torch alone:
+Copy this file, or all of it above "command line", which needs only torch:
 
     warnings = check_network(model.eval(), x, y, eps=8 / 255)
     robust, x_adv = autoattack(model, x, y, eps=8 / 255)  # (N,) bool; (N, C, H, W)
@@ -267,7 +267,7 @@ def pick(mask, a, b):
 
 
 def noise(like, images, seed, trial, *shape):
-    """Uniform in [-1, 1], (B, *shape): of seed, trial and an image's index alone, whatever else is attacked."""
+    """Uniform in [-1, 1], (B, *shape): of seed, trial and an image's index only, whatever else is attacked."""
     seeds = [((seed * 1_000_003 + trial) * 1_000_003 + image) % 2**63 for image in images.tolist()]
     return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(like) * 2 - 1
 

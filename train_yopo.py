@@ -1,4 +1,4 @@
-"""YOPO-m-n: m full passes a batch, and between them n steps of the perturbation through the first layer alone.
+"""YOPO-m-n: m full passes a batch, and between them n steps of the perturbation through the first layer only.
 
 Zhang et al. 2019, arXiv:1905.00877, Algorithm 1. p, the gradient at the first layer's output, is held fixed
 while the perturbation climbs <p, f_0(x + d)>.

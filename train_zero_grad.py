@@ -22,7 +22,7 @@ def zero_grad(model, x, y, eps, alpha, q):
     """The images to train on: x0 = x + U(-eps, eps), x' = x0 + alpha sign(g), clipped to the eps-ball.
 
     x: (B, C, H, W) in [0, 1]; y: (B,) class indices; eps, alpha: in [0, 1] units. g: the gradient at x0, zero where
-    its size is below the quantile q of all its components, of each image alone. Both x0 and x' are clipped to [0, 1].
+    its size is below the quantile q of its image's components. Both x0 and x' are clipped to [0, 1].
     """
     start = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1).requires_grad_()
     loss = F.cross_entropy(model(start), y)

@@ -294,7 +294,9 @@ def over_flag(args):
                 numbers[label][name.lower()].append([accuracy for accuracy in found if accuracy is not None])
             found = numbers[label][name.lower()]
             points = [(value, accuracy) for value, seeds in zip(values, found) for accuracy in seeds]
-            axis.plot(*zip(*points or [(math.nan, math.nan)]), marker, color=colour, mfc=face or colour, clip_on=False)
+            top = {"zorder": 3, "ms": 10, "mec": "white"} if label.endswith("best epoch") else {}  # one among many
+            points = zip(*points or [(math.nan, math.nan)])
+            axis.plot(*points, marker, color=colour, mfc=face or colour, clip_on=False, **top)
             means = [mean_std(seeds)[0] if seeds else math.nan for seeds in found]
             axis.plot(values, means, linestyle=line, color=colour)  # breaks where nothing was measured
     ticks = sorted({value for by_value in groups.values() for value in by_value})

@@ -287,6 +287,7 @@ def over_flag(args):
     for (_, (label, colour, marker)), by_value in sorted(groups.items()):
         values = sorted(by_value)
         numbers[label] = {flag: values} | {name.lower(): [] for name in ACCURACIES}
+        zorder = 3 if label.endswith("best epoch") else 2  # one mark among many: not under the others
         axis.plot([], [], color=colour, marker=marker, linestyle="none", label=label)
         for i, (name, (line, face)) in enumerate(ACCURACIES.items()):
             for value in values:
@@ -294,9 +295,8 @@ def over_flag(args):
                 numbers[label][name.lower()].append([accuracy for accuracy in found if accuracy is not None])
             found = numbers[label][name.lower()]
             points = [(value, accuracy) for value, seeds in zip(values, found) for accuracy in seeds]
-            top = {"zorder": 3, "ms": 10, "mec": "white"} if label.endswith("best epoch") else {}  # one among many
             points = zip(*points or [(math.nan, math.nan)])
-            axis.plot(*points, marker, color=colour, mfc=face or colour, clip_on=False, **top)
+            axis.plot(*points, marker, color=colour, mfc=face or colour, clip_on=False, zorder=zorder)
             means = [mean_std(seeds)[0] if seeds else math.nan for seeds in found]
             axis.plot(values, means, linestyle=line, color=colour)  # breaks where nothing was measured
     ticks = sorted({value for by_value in groups.values() for value in by_value})

@@ -184,6 +184,7 @@ NETWORKS = {
     "half the batch": (Net(lambda f, x: f(x)[::2]), r"float logits \(6, classes\), not torch.float64 \(3, 3\)"),
     "depends on the batch": (Net(lambda f, x: f(x - x.mean(0))), "depend on the rest of its batch"),
     "no statistics": (Net(lambda f, x: f(F.batch_norm(x, None, None, training=True))), "depend on the rest"),
+    "randomised": (Net(lambda f, x: F.dropout(f(x))), "the network is randomised: two equal passes differ"),
     "not finite": (Net(lambda f, x: f(x) / (x.amax((1, 2, 3)) < 0.9)[:, None]), "the logits are not finite at"),
 }
 BROKEN = {name: (Linear(3), *rest) for name, rest in CALLS.items()}
@@ -214,7 +215,6 @@ SUSPICIOUS = {
     "gradient is nan": (lambda f, x: f(x + 1e-9 * (x - x.detach()).abs().sqrt()), "the gradient is not finite", True),
     "sigmoid": (lambda f, x: torch.sigmoid(1e4 * f(x)), "remove the softmax or sigmoid", False),
     "zero gradients": (lambda f, x: torch.sigmoid(1e4 * f(x)), "gradient of the margin is exactly zero", False),
-    "randomised": (lambda f, x: f(x) + torch.randn(len(x), 3), "the network is randomised", False),
 }
 
 

@@ -5,13 +5,13 @@
 
 Copy this file, or all of it above "command line", which needs only torch:
 
-    warnings = check_network(model.eval(), x, y, eps=8 / 255)
-    robust, x_adv = autoattack(model, x, y, eps=8 / 255)  # (N,) bool; (N, C, H, W)
+    robust, x_adv = autoattack(model.eval(), x, y, eps=8 / 255)  # (N,) bool; (N, C, H, W)
 
 x: images (N, C, H, W) in [0, 1], float32 or float64; y: (N,) class indices. The network, in eval mode, maps B images to
 float logits (B, classes), each image's the same in any batch. What breaks this contract is a ContractError, never a
 number. An image is broken if the network misclassifies it as it is, or once a point within eps of it and within [0, 1]
-is found that the network misclassifies in float32. `run` has the options that all attacks share.
+is found that the network misclassifies in float32. `run` has the options that all attacks share. `autoattack` warns of
+what makes its number doubtful; before another attack, ask `check_network`.
 """
 
 import collections
@@ -19,6 +19,7 @@ import contextlib
 import functools
 import math
 import signal
+import warnings
 from types import SimpleNamespace
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported needs no traceback
@@ -254,11 +255,27 @@ def square(model, x, y, eps, queries=5000, p=0.8, restarts=1, **options):
 
 
 def autoattack(model, x, y, eps, **options):
-    """Standard AutoAttack (Croce & Hein 2020, arXiv:2003.01690): four attacks, each on what is still unbroken."""
+    """Standard AutoAttack (Croce & Hein 2020, arXiv:2003.01690): four attacks, each on what is still unbroken.
+
+    What makes the number doubtful is a UserWarning: the sentences of `check_network` and `masked_gradients`.
+    """
     found = apgd(model, x, y, eps, "ce", **options)
+    for sentence in check_network(model, x, y, eps, options.get("batch_size", 0)):
+        warnings.warn(sentence, stacklevel=2)
     found = apgd(model, x, y, eps, "dlr-targeted", before=found, **options)
     found = fab(model, x, y, eps, before=found, **options)
-    return square(model, x, y, eps, before=found, **options)
+    last = square(model, x, y, eps, before=found, **options)
+    for sentence in masked_gradients(found[0], last[0]):
+        warnings.warn(sentence, stacklevel=2)
+    return last
+
+
+def masked_gradients(before, after):
+    """[] or a sentence, if Square broke what attacks with gradients had not; before, after it: robust, (N,) bool."""
+    count = int((before & ~after).sum())
+    found = f"Square, which uses no gradients, broke {count} of {len(after)} images that the other attacks could not"
+    found += ": the gradients may be masked, and the robust accuracy too high"
+    return [found] if count > 0.002 * len(after) else []  # AutoAttack's threshold: one image in a thousand is chance
 
 
 def pick(mask, a, b):
@@ -531,7 +548,7 @@ def evaluate(args):
     of_pgd = {"steps": args.steps, "restarts": args.restarts, "step_size": args.step_size * eps}
     options = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.search_precision}
     start = time.perf_counter()
-    warnings = check_network(model, x, y, eps, args.batch_size)
+    doubts = check_network(model, x, y, eps, args.batch_size)
     masks["clean"] = predict(model, x, args.batch_size) == y
     seconds["clean"] = time.perf_counter() - start
 
@@ -566,16 +583,13 @@ def evaluate(args):
             found = attack(f"autoattack {part}", part, found)
             parts[part] = found[0]
         masks[name], seconds[name] = found[0], sum(seconds[f"autoattack {part}"] for part in parts)
-        more = int((parts["fab-t"] & ~parts["square"]).sum())
-        if more > 0.002 * len(y):  # AutoAttack's threshold: one image in a thousand is chance
-            broke = f"Square, which uses no gradients, broke {more} of {len(y)} images that the other attacks could not"
-            warnings.append(f"{broke}: the gradients may be masked, and the robust accuracy too high")
+        doubts += masked_gradients(parts["fab-t"], parts["square"])
     parts = {part: percent(mask) for part, mask in parts.items()}
     accuracy = {label: percent(masks[label]) for label in ["clean", *labels]}
     robust = percent(torch.stack([masks[label] for label in accuracy]).all(0))
     if args.json:
         result = {"clean": accuracy["clean"], "robust": robust, "attacks": {label: accuracy[label] for label in labels}}
-        result |= {"autoattack_parts": parts, "n": len(y), "eps": args.eps, "warnings": warnings}
+        result |= {"autoattack_parts": parts, "n": len(y), "eps": args.eps, "warnings": doubts}
         result |= {"seconds": sum(seconds[label] for label in accuracy), "dataset": data.name, "seed": args.seed}
         result |= {"seconds_per_attack": {label: seconds[label] for label in labels}}
         result |= {"search_precision": args.search_precision, **common.versions(args.device)}
@@ -598,8 +612,8 @@ def evaluate(args):
         print("autoattack after " + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()))
     if len(labels) > 1:
         print(f"{'all together':<16}{robust:>10.2f}")
-    for warning in warnings:
-        print(f"warning: {warning}")
+    for doubt in doubts:
+        print(f"warning: {doubt}")
 
 
 def main():

@@ -1,6 +1,7 @@
 """The attacks of AutoAttack against closed forms, slow reimplementations and torchattacks."""
 
 import functools
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -280,17 +281,35 @@ def test_bf16_search_and_float32_search_agree(trained):
         assert abs(int(robust.sum() - ATTACKS[name](model, x, y, EPS, **SHORT[name])[0].sum())) <= 1
 
 
-def test_autoattack_is_its_four_attacks_in_turn(trained, monkeypatch):
-    model, x, y = trained
+@pytest.fixture
+def short(monkeypatch):
+    """The parts of autoattack with small budgets."""
     budgets = {"apgd": {"steps": 8, "targets": 3}, "fab": SHORT["fab-t"], "square": SHORT["square"]}
     for name, budget in budgets.items():
         monkeypatch.setattr(eval_attacks, name, functools.partial(getattr(eval_attacks, name), **budget))
-    robust, x_adv = eval_attacks.autoattack(model, x, y, EPS)
+
+
+def test_autoattack_is_its_four_attacks_in_turn(trained, short):
+    """And it says nothing of a network that gives no cause."""
+    model, x, y = trained
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        robust, x_adv = eval_attacks.autoattack(model, x, y, EPS)
     assert torch.equal(is_adversarial(model, x, x_adv, y, EPS), ~robust)
     found = eval_attacks.apgd(model, x, y, EPS)
     found = eval_attacks.apgd(model, x, y, EPS, loss="dlr-targeted", before=found)
     found = eval_attacks.square(model, x, y, EPS, before=eval_attacks.fab(model, x, y, EPS, before=found))
     assert torch.equal(robust, found[0]) and torch.equal(x_adv, found[1])
+
+
+def test_autoattack_warns_of_what_makes_its_number_doubtful(trained, short, monkeypatch):
+    model, x, y = trained
+    with pytest.warns(UserWarning, match="remove the softmax"):
+        eval_attacks.autoattack(lambda x: model(x).softmax(1), x, y, EPS)
+    for name in ("apgd", "fab"):  # as if no gradient led anywhere
+        monkeypatch.setattr(eval_attacks, name, lambda model, x, y, *_, **__: (predict(model, x) == y, x))
+    with pytest.warns(UserWarning, match="Square, which uses no gradients, broke"):
+        eval_attacks.autoattack(model, x, y, EPS)
 
 
 def test_torchattacks_agrees(trained):

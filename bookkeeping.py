@@ -14,7 +14,7 @@ from eval_attacks import ContractError, ascend, cross_entropy, percent, pgd
 from wrn import load_file
 
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "best.pt")
-FREE_FLAGS = ("device", "compile", "data_dir", "out", "not_default")  # may differ between a run and its resumption
+FREE_FLAGS = ("device", "data_dir", "out", "not_default")  # may differ between a run and its resumption
 HEADER = "epoch   loss  train |  test clean  fgsm pgd10 |  train clean  fgsm pgd10    time"
 ROW = "{epoch:5} {loss:6.3f} {train_acc:6.1f} |  {test_clean:10.1f} {test_fgsm:5.1f} {test_pgd10:5.1f} |  "
 ROW += "{train_clean:11.1f} {train_fgsm:5.1f} {train_pgd10:5.1f}"
@@ -112,11 +112,10 @@ class Run:
         row, start = self.rows[-1], time.perf_counter()
         self.line.show(f"epoch {self.epoch}/{self.args.epochs}: clean, FGSM and PGD-10 accuracy ...")
         self.model.eval()
-        # Eager and without cudnn's trials: the attack's batches shrink, and each size would be compiled or tried anew.
+        # Without cudnn's trials: the attack's batches shrink, and each size would be tried anew.
         with (
             frozen(self.model),
             autocast(self.args),
-            torch.compiler.set_stance("force_eager"),
             torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True),
         ):
             for split, images in (("test", self.data.test), ("train", self.data.train)):

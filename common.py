@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 import time
 import warnings
@@ -70,7 +69,6 @@ def make_parser(doc):
     add("--seed", type=number(int, 0, 2**31), default=0, help="fixes everything on one machine")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
-    add("--compile", action="store_true", help="torch.compile the network")
     add("--deterministic", action="store_true", help="repeatable on CUDA too, as a CPU always is; slower kernels")
     add("--monitor", type=number(int, 1), default=1000, metavar="N", help="images for the accuracies after an epoch")
     add("--out", metavar="DIR", help="run folder (default: runs/METHOD_DATASET_epsEPS_seedSEED)")
@@ -98,9 +96,6 @@ def parse(parser):
     if cuda and args.precision == "bf16" and not bf16:
         fail(f"argument --precision: cuDNN has no bfloat16 for {torch.cuda.get_device_name(args.device)}: give fp32")
     args.precision = ("bf16" if bf16 else "fp32") if args.precision == "auto" else args.precision
-    compilers = (os.environ.get("CC", "gcc"), "clang") if cuda else (os.environ.get("CXX", "g++"), "clang++")
-    if args.compile and not any(map(shutil.which, compilers)):
-        fail(f"--compile needs a compiler: install {' or '.join(compilers)}, or leave --compile out")
     return args
 
 
@@ -156,23 +151,6 @@ def frozen(model):
     finally:
         for weight in weights:
             weight.requires_grad_()
-
-
-def place(model, args, attack_apart=True):
-    """Put the network on its device; with --compile, compile it."""
-    model.to(args.device, memory_format=layout(args.device))
-    if not args.compile:
-        return
-    forward = model.forward
-
-    # A compiled backward pass computes every gradient, wanted or not. So an attack's pass, where the images want one,
-    # freezes the weights; with attack_apart=False, that pass is for the weights too.
-    def attack_or_train(x, **kwargs):
-        with frozen(model) if attack_apart and x.requires_grad else contextlib.nullcontext():
-            return forward(x, **kwargs)
-
-    model.compile()
-    model.forward = attack_or_train
 
 
 class Data:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
-from wrn import WideResNet
+from wrn import WideResNet, layout
 
 
 def fgsm_ga(model, x, y, eps, alpha):
@@ -45,8 +45,6 @@ def parse_args():
     weight = "of the misalignment (default: 0.02 * 10^(eps / 8), its authors' for CIFAR-10)"
     parser.add_argument("--ga-lambda", type=common.number(float, 0), help=weight)
     args = common.parse(parser)
-    if args.compile:
-        parser.error("argument --compile: torch.compile cannot differentiate twice, which this method does")
     if args.ga_lambda is None:
         args.ga_lambda = 0.02 * 10 ** (args.eps / 8)
     return args
@@ -58,7 +56,7 @@ def main():
     data = common.load_data(args)
     of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)
     model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
-    common.place(model, args)
+    model.to(args.device, memory_format=layout(args.device))
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
     run = Run(args, model, optimizer, data)
     eps, steps = args.eps / 255, data.steps(args.batch_size)

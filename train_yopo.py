@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
-from wrn import WideResNet
+from wrn import WideResNet, layout
 
 
 def yopo(model, x, y, eps, alpha, outer, inner):
@@ -58,7 +58,7 @@ def main():
     data = common.load_data(args)
     of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)
     model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
-    common.place(model, args)
+    model.to(args.device, memory_format=layout(args.device))
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
     run = Run(args, model, optimizer, data)
     eps, steps = args.eps / 255, data.steps(args.batch_size)

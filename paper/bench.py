@@ -52,7 +52,7 @@ class Stop(BaseException):
     """Ends a script; not an Exception, so that no script catches it."""
 
 
-def play(name, args, steps, flops=None, compiled=False):
+def play(name, args, steps, flops=None):
     """Run a script's main() for some steps after the warm-up: (seconds, counted operations) of a step; the network."""
     notes = []
 
@@ -79,10 +79,9 @@ def play(name, args, steps, flops=None, compiled=False):
     module.Run = Turn
     names = ("depth", "width", "dropout", "batch_size", "dataset", "device", "precision")
     flags = [word for key in names for word in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
-    torch.compiler.reset()  # each turn has a network of its own
     errors = io.StringIO()
     try:
-        with mock.patch.object(sys, "argv", [module.__file__, *flags, *["--compile"] * compiled]):
+        with mock.patch.object(sys, "argv", [module.__file__, *flags]):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
                 module.main()
     except SystemExit:
@@ -107,12 +106,12 @@ def peak_memory(name, args):
     if args.device.startswith("cuda"):
         before = torch.cuda.memory_allocated(args.device)
         torch.cuda.reset_peak_memory_stats(args.device)
-        play(name, args, 1, compiled=args.compile)
+        play(name, args, 1)
         return torch.cuda.max_memory_allocated(args.device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
     # What torch's allocator gave out, as on CUDA: the process's own peak varies by a tenth from run to run.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        play(name, args, 1, compiled=args.compile)
+        play(name, args, 1)
     with tempfile.TemporaryDirectory() as folder:
         profile.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
@@ -138,7 +137,6 @@ def main():
     add("--steps", type=number(int, 1), default=3, help="timed in a turn (default 3)")
     add("--rounds", type=number(int, 1), default=9, help="turns of each contestant (default 9)")
     add("--no-memory", dest="memory", action="store_false", help="without peak memory")
-    add("--compile", action="store_true", help="torch.compile the network, anew in every turn")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dataset", default="data/cifar10_tiny.npz", help="default data/cifar10_tiny.npz")
@@ -158,7 +156,7 @@ def main():
     seconds = {name: [] for name in args.only}
     for _ in range(args.rounds):
         for name in args.only:
-            (took, _), _ = play(name, args, args.steps, compiled=args.compile)
+            (took, _), _ = play(name, args, args.steps)
             seconds[name].append(took)
     base = "standard" if "standard" in args.only else args.only[0]
     counts, rows = {name: passes(name, args) for name in args.only}, {}

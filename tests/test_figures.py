@@ -226,7 +226,7 @@ def test_committed_figures_and_table_are_what_the_results_say(cli, monkeypatch):
     for words in commands:
         if words[0] in ("curves", "alignment", "eps", "eta", "dropout"):
             assert cli(figures, " ".join(words))[0] == 0
-    assert len(remade) == 9
+    assert len(remade) == 10
     for name, numbers in remade.items():
         assert json.loads(Path(f"{name}.json").read_text()) == numbers, f"remake {name}: bash {script}"
     table = cli(figures, " ".join(["table", *glob.glob("results/[cg]pu/*.json")]))[1].replace("](results/", "](")

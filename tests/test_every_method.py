@@ -142,7 +142,7 @@ def test_help_shows_every_flag_and_the_docstring_names_the_paper(cli, name):
 
 
 def shufflenet(*_, num_classes, **__):
-    """For small images; at 1x1 its depthwise convolutions have random weight gradients in bfloat16 (torch 2.14, CPU)."""
+    """For small images: at 1x1 its depthwise convolutions get random weight gradients in bfloat16 (torch 2.14, CPU)."""
     model = torchvision.models.shufflenet_v2_x0_5(num_classes=num_classes)
     model.conv1[0].stride, model.maxpool = 1, torch.nn.Identity()
     model.arguments = {"depth": 2, "width": 0.5, "dropout": 0}

@@ -142,17 +142,6 @@ def versions(device):
     }
 
 
-@contextlib.contextmanager
-def frozen(model):
-    """In here, no pass computes gradients of the weights; afterwards, those that did so before do again."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    try:
-        yield model.requires_grad_(False)
-    finally:
-        for weight in weights:
-            weight.requires_grad_()
-
-
 class Data:
     """A data set that lives on the device as uint8: train_x padded by 4 zero pixels, test_x as it is."""
 

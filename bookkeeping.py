@@ -113,7 +113,7 @@ class Run:
         self.line.show(f"epoch {self.epoch}/{self.args.epochs}: clean, FGSM and PGD-10 accuracy ...")
         self.model.eval()
         # Without cudnn's trials: the attack's batches shrink, and each size would be tried anew.
-        with autocast(self.args), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
+        with autocast(self.args), torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
             for split, images in (("test", self.data.test), ("train", self.data.train)):
                 try:
                     found = monitor(self.model, *images(self.args.monitor), self.args.eps / 255, self.args.batch_size)

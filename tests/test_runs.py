@@ -148,10 +148,11 @@ def test_a_fault_loses_the_epoch_in_hand(
 
 
 def test_the_accuracies_need_no_more_memory_than_training(cli, tmp_path, monkeypatch):
-    """No batch is larger than --batch-size; and the epoch has been saved before."""
+    """No batch is larger than --batch-size; and the epoch has been saved before. Nothing is in TF32."""
     forward, sizes = WideResNet.forward, set()
 
     def watched(model, x, *args, **kwargs):
+        assert not torch.backends.cudnn.allow_tf32
         if not model.training:
             assert "test_clean" not in load_file(tmp_path / "run/checkpoint.pt")["rows"][-1]
             sizes.add(len(x))

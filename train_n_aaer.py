@@ -8,7 +8,7 @@ They multiply before catastrophic overfitting; the penalty grows with their numb
 Against train_n_fgsm.py: the loss has a penalty that compares losses and logits at the random start and after the step.
 In the authors' code the loss after the step is a constant in the lambda_2 term, which so has no gradient; it is the
 default, as their numbers come from it. In the paper's formula it is not: --loss-gradient. A step costs 5 passes.
-Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 57.4 / 31.5 / -; eps 16: 41.8 / 20.6 / 15.7.
+Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 57.2 / 32.4 / 28.8; eps 16: 41.8 / 20.6 / 15.7.
 """
 
 import torch

@@ -278,6 +278,11 @@ def masked_gradients(before, after):
     return [found] if count > 0.002 * len(after) else []  # AutoAttack's threshold: one image in a thousand is chance
 
 
+def percent(right):
+    """How many of a bool tensor are True, in per cent."""
+    return 100 * int(right.sum()) / right.numel()
+
+
 def pick(mask, a, b):
     """Images from a where mask (B,) is True, else from b."""
     return torch.where(mask.view(-1, 1, 1, 1), a, b)
@@ -370,6 +375,9 @@ def check_network(model, x, y, eps, batch_size=0, count=250):
     found = []
     try:
         x, y, logits = checked(model, x[:count], y[:count], eps, batch_size)
+        right, chance = percent(logits.argmax(1) == y) / 100, 1 / logits.shape[1]
+        if len(x) >= 50 and right < chance + 3 * math.sqrt(chance / len(x)):  # three standard deviations
+            found.append(f"{100 * right:.0f} % of {len(x)} images are right, as by chance: check weights and labels")
         if logits.min() >= 0 and logits.max() <= 1:
             found.append("the outputs lie in [0, 1], like probabilities: remove the softmax or sigmoid at the end")
         if logits.shape[1] < 10:
@@ -411,11 +419,6 @@ ATTACKS = {**AUTOATTACK, "apgd-dlr": functools.partial(apgd, loss="dlr"), "fgsm"
 def predict(model, x, batch_size=0):
     """Class indices (N,) of images x (N, C, H, W), as `outputs` computes them."""
     return outputs(model, x, batch_size).argmax(1)
-
-
-def percent(right):
-    """How many of a bool tensor are True, in per cent."""
-    return 100 * int(right.sum()) / right.numel()
 
 
 def parse_args():

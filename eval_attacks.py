@@ -316,7 +316,7 @@ def run(
         robust, x_adv = robust & before[0], before[1].clone()
     ranking = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)  # y comes last
     trials, batch_size = min(trials, logits.shape[1] - 1) if targeted else trials, batch_size or BATCH_SIZE[device.type]
-    searches = [(precision, steps)] + [("fp32", math.ceil(steps / 20))] * (precision == "bf16")
+    searches = [(precision, 0, steps)] + [("fp32", steps, math.ceil(steps / 20))] * (precision == "bf16")
     few = max(6, steps // 50)  # iterations that come first, to sort out what breaks early; not after another attack
     for trial, most in [(0, few)] * (few < steps and not before) + [(trial, steps) for trial in range(trials)]:
         left = robust.nonzero().flatten()
@@ -325,7 +325,7 @@ def run(
             b.low, b.high, b.seed = (b.x - eps).clamp(0, 1), (b.x + eps).clamp(0, 1), seed + trial
             b.noise = functools.partial(noise, b.x, images, seed, trial)
             unbroken, best = torch.ones_like(images, dtype=torch.bool), None
-            for numbers, length in searches:
+            for numbers, begun, length in searches:
                 with PRECISIONS[numbers](device):
                     for i, found in zip(range(min(most, length)), loop(b, best, length)):
                         point, logits, best = found
@@ -334,7 +334,8 @@ def run(
                             hit = hit[is_adversarial(model, b.x[hit], point[hit], b.y[hit], eps, batch_size)]
                             unbroken[hit], robust[images[hit]], x_adv[images[hit]] = False, False, point[hit]
                         if report:
-                            done = min((k + (i + 1) / length) * batch_size / len(left), 1)  # share of this trial
+                            share = (begun + i + 1) / sum(searches[-1][1:])  # of this batch
+                            done = (k * batch_size + share * len(images)) / len(left)  # of this trial
                             report((trial + done) / trials, robust)
                         if not unbroken.any():
                             break

@@ -252,6 +252,16 @@ def test_the_checks_of_a_network(trained):
     assert few == "4 classes: the targeted attacks take 3 targets, not 9"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_share_that_is_done_reaches_one_at_the_end(trained, precision):
+    """The last batch is a part of one, and in float32 the search in bfloat16 goes on."""
+    model, x = trained[:2]
+    shares = []
+    y, report = predict(model, x), lambda share, robust: shares.append(share)
+    pgd(model, x, y, 1e-6, steps=20, restarts=2, batch_size=50, precision=precision, report=report)
+    assert max(shares) == shares[-1] == 1 and shares.count(1) == 1
+
+
 @pytest.mark.parametrize(("precision", "lengths"), [("fp32", [9]), ("bf16", [9, 1])])
 def test_every_survivor_is_attacked_in_full(trained, precision, lengths):
     """Every target class, the highest logit first, in batches of one size; with bf16 a twentieth more, in float32."""

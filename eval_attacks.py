@@ -317,6 +317,7 @@ def run(
     ranking = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)  # y comes last
     trials, batch_size = min(trials, logits.shape[1] - 1) if targeted else trials, batch_size or BATCH_SIZE[device.type]
     searches = [(precision, 0, steps)] + [("fp32", steps, math.ceil(steps / 20))] * (precision == "bf16")
+    total = sum(length for _, _, length in searches)
     few = max(6, steps // 50)  # iterations that come first, to sort out what breaks early; not after another attack
     for trial, most in [(0, few)] * (few < steps and not before) + [(trial, steps) for trial in range(trials)]:
         left = robust.nonzero().flatten()
@@ -334,7 +335,7 @@ def run(
                             hit = hit[is_adversarial(model, b.x[hit], point[hit], b.y[hit], eps, batch_size)]
                             unbroken[hit], robust[images[hit]], x_adv[images[hit]] = False, False, point[hit]
                         if report:
-                            share = (begun + i + 1) / sum(searches[-1][1:])  # of this batch
+                            share = (begun + i + 1) / total  # of this batch
                             done = (k * batch_size + share * len(images)) / len(left)  # of this trial
                             report((trial + done) / trials, robust)
                         if not unbroken.any():
@@ -376,9 +377,9 @@ def check_network(model, x, y, eps, batch_size=0, count=250):
     found = []
     try:
         x, y, logits = checked(model, x[:count], y[:count], eps, batch_size)
-        right, chance = percent(logits.argmax(1) == y) / 100, 1 / logits.shape[1]
-        if len(x) >= 50 and right < chance + 3 * math.sqrt(chance / len(x)):  # three standard deviations
-            found.append(f"{100 * right:.0f} % of {len(x)} images are right, as by chance: check weights and labels")
+        right, chance = logits.argmax(1) == y, 1 / logits.shape[1]
+        if len(x) >= 50 and percent(right) < 100 * (chance + 3 * math.sqrt(chance / len(x))):  # 3 standard deviations
+            found.append(f"{percent(right):.0f} % of {len(x)} images are right, as by chance: check weights and labels")
         if logits.min() >= 0 and logits.max() <= 1:
             found.append("the outputs lie in [0, 1], like probabilities: remove the softmax or sigmoid at the end")
         if logits.shape[1] < 10:
@@ -387,7 +388,7 @@ def check_network(model, x, y, eps, batch_size=0, count=250):
         parts = list(zip(*(v.split(batch_size or 64) for v in (point, y))))
         for loss in (cross_entropy, margin):
             gradient = torch.cat([ascend(model, part, loss, label)[2] for part, label in parts]).flatten(1)
-            zero = int(((gradient == 0).all(1) & (logits.argmax(1) == y)).sum())
+            zero = int(((gradient == 0).all(1) & right).sum())
             if zero:
                 found.append(f"the gradient of the {loss.__name__} is exactly zero at {zero} of {len(x)} images")
     except ContractError as error:

@@ -18,12 +18,8 @@ import collections
 import contextlib
 import functools
 import math
-import signal
 import warnings
 from types import SimpleNamespace
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported needs no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -637,5 +633,4 @@ def main():
 if __name__ == "__main__":
     import common
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     common.launch(main)

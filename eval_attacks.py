@@ -139,7 +139,7 @@ def apgd(model, x, y, eps, loss="ce", steps=100, restarts=1, targets=9, **option
     loss: "ce", "dlr" or "dlr-targeted", which has no restarts but a trial for each of the `targets` highest wrong
     classes of the clean image (all of them, if there are fewer).
     """
-    loss, targeted = cross_entropy if loss == "ce" else dlr, loss == "dlr-targeted"
+    targeted, loss = loss == "dlr-targeted", {"ce": cross_entropy, "dlr": dlr, "dlr-targeted": dlr}[loss]
 
     def loop(b, best, steps):
         size = eps / 4
@@ -228,7 +228,8 @@ def square(model, x, y, eps, queries=5000, p=0.8, restarts=1, **options):
     def loop(b, best, steps):
         first, (channels, height, width) = 0 if best is None else queries, b.x.shape[1:]
         # Where a query puts its square, and how it is coloured: the same for all images.
-        random = torch.rand(first + steps, 2 + channels, generator=torch.Generator().manual_seed(b.seed))
+        generator = torch.Generator().manual_seed(b.seed)
+        random = torch.rand(first + steps, 2 + channels, generator=generator, device="cpu")
         if best is None:
             best = torch.where(b.noise(channels, 1, width) > 0, b.high, b.low)
         tried, best_margin = best, torch.full_like(best[:, 0, 0, 0], -math.inf)
@@ -242,7 +243,7 @@ def square(model, x, y, eps, queries=5000, p=0.8, restarts=1, **options):
                 tried = best.clone()
                 tried[window] = torch.where(bright, b.high[window], b.low[window])
             logits = logits_at(model, tried)
-            value = margin(logits, b.y).to(best_margin)
+            value = margin(logits, b.y)
             better = value > best_margin
             best_margin, best = torch.where(better, value, best_margin), pick(better, tried, best)
             yield tried, logits, best
@@ -256,13 +257,13 @@ def autoattack(model, x, y, eps, **options):
     What makes the number doubtful is a UserWarning: the sentences of `check_network` and `masked_gradients`.
     """
     found = apgd(model, x, y, eps, "ce", **options)
-    for sentence in check_network(model, x, y, eps, options.get("batch_size", 0)):
-        warnings.warn(sentence, stacklevel=2)
+    for sentence in check_network(model, x, y, eps, options.get("batch_size", 0)):  # warn() would do so only once
+        warnings.warn_explicit(sentence, UserWarning, __file__, 0)
     found = apgd(model, x, y, eps, "dlr-targeted", before=found, **options)
     found = fab(model, x, y, eps, before=found, **options)
     last = square(model, x, y, eps, before=found, **options)
     for sentence in masked_gradients(found[0], last[0]):
-        warnings.warn(sentence, stacklevel=2)
+        warnings.warn_explicit(sentence, UserWarning, __file__, 0)
     return last
 
 
@@ -287,7 +288,8 @@ def pick(mask, a, b):
 def noise(like, images, seed, trial, *shape):
     """Uniform in [-1, 1], (B, *shape): of seed, trial and an image's index only, whatever else is attacked."""
     seeds = [((seed * 1_000_003 + trial) * 1_000_003 + image) % 2**63 for image in images.tolist()]
-    return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(like) * 2 - 1
+    parts = [torch.rand(shape, generator=torch.Generator().manual_seed(s), device="cpu") for s in seeds]
+    return torch.stack(parts).to(like) * 2 - 1
 
 
 @torch.inference_mode(False)
@@ -308,6 +310,11 @@ def run(
     """
     x, y, logits = checked(model, x, y, eps, batch_size)
     robust, x_adv, device = logits.argmax(1) == y, x.clone(), x.device
+    if min(trials, steps) < 1:
+        raise ContractError("restarts, targets, steps and queries must be at least 1: one restart is one run")
+    if precision is None and torch.is_autocast_enabled(device.type):
+        if torch.get_autocast_dtype(device.type) == torch.float16:
+            raise ContractError("gradients vanish in float16: attack outside autocast, or give precision='bf16'")
     if before:
         robust, x_adv = robust & before[0], before[1].clone()
     ranking = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)  # y comes last
@@ -355,11 +362,11 @@ def checked(model, x, y, eps, batch_size=0):
             raise ContractError(f"{name or 'the network'} is in train mode: call model.eval() first")
     x, y = x.detach().clone(memory_format=torch.contiguous_format), y.long().clone()
     few = torch.cat([x[:4], 1 - x[:4]])[: max(batch_size or 8, 2)]  # a single image has company too
-    company, again, alone = (outputs(model, images, 8) for images in (few, few, few[:1]))
-    if (again - company).abs().max() > 1e-3 * company.abs().max():
+    company, again, alone = (outputs(model, images, 8) for images in (few, few, few[-1:]))
+    if (again - company).abs().max() > 1e-4 * company.abs().max():
         raise ContractError("the network is randomised: two equal passes differ (dropout left on? call eval() first)")
-    if (alone - company[:1]).abs().max() > 0.01 * company.abs().max():
-        raise ContractError("an image's logits depend on the rest of its batch (BatchNorm without running statistics?)")
+    if (alone - company[-1:]).abs().max() > 0.01 * company.abs().max():
+        raise ContractError("an image's logits depend on its batch (BatchNorm without statistics? seeded noise?)")
     logits = outputs(model, x, batch_size)
     if not logits.isfinite().all():
         raise ContractError(f"the logits are not finite at {int((~logits.isfinite()).any(1).sum())} of {len(x)} images")
@@ -368,6 +375,7 @@ def checked(model, x, y, eps, batch_size=0):
     return x, y, logits
 
 
+@torch.inference_mode(False)
 def check_network(model, x, y, eps, batch_size=0, count=250):
     """Reasons to distrust what any attack finds on this network, a list of sentences; x, y: some images."""
     found = []
@@ -380,7 +388,7 @@ def check_network(model, x, y, eps, batch_size=0, count=250):
             found.append("the outputs lie in [0, 1], like probabilities: remove the softmax or sigmoid at the end")
         if logits.shape[1] < 10:
             found.append(f"{logits.shape[1]} classes: the targeted attacks take {logits.shape[1] - 1} targets, not 9")
-        point = (x + eps / 2 * noise(x, torch.arange(len(x)), 0, 0, *x.shape[1:])).clamp(0, 1)
+        point = (x + eps / 2 * noise(x, y.new_tensor(range(len(x))), 0, 0, *x.shape[1:])).clamp(0, 1)
         parts = list(zip(*(v.split(batch_size or 64) for v in (point, y))))
         for loss in (cross_entropy, margin):
             gradient = torch.cat([ascend(model, part, loss, label)[2] for part, label in parts]).flatten(1)
@@ -518,11 +526,12 @@ def load_state(args, model, x, y):
     """What finished attacks left in the --state file, or the state of an evaluation that begins."""
     from wrn import load_file
 
-    content = hashlib.sha256()
+    content = hashlib.sha256(Path(args.model.rpartition(":")[0]).read_bytes() if args.model else b"")
     for tensor in filter(torch.is_tensor, (*model.state_dict().values(), x, y)):
         content.update(tensor.cpu().flatten().contiguous().numpy().tobytes())
     settings = {"network and images": content.hexdigest()[:8]}
-    settings |= {f: getattr(args, f) for f in ("eps", "steps", "restarts", "step_size", "search_precision", "seed")}
+    flags = ("model", "eps", "steps", "restarts", "step_size", "search_precision", "seed")
+    settings |= {flag: getattr(args, flag) for flag in flags}
     if not args.state or not Path(args.state).exists():
         return {"settings": settings, "masks": {}, "seconds": {}, "x_adv": x.clone()}
     state = load_file(args.state)

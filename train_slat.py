@@ -54,7 +54,7 @@ def parse_args():
     parser = common.make_parser(__doc__)
     parser.add_argument("--layers", default="0,conv1,conv2", help=f"what to perturb, of {','.join(LAYERS)}")
     parser.add_argument("--eta", type=common.number(float, 0), default=1.0, help="latent step, in multiples of eps")
-    parser.add_argument("--input-step", type=common.number(float, 0), default=0.9, help="the input's, likewise")
+    parser.add_argument("--input-step", type=common.number(float, 0), default=0.9, help="input step, likewise")
     parser.add_argument("--latent-clamp", action=argparse.BooleanOptionalAction, default=True, help="clip h + delta")
     parser.add_argument("--init", choices=("zero", "uniform"), default="zero", help="where gradients are taken")
     args = common.parse(parser)

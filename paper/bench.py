@@ -1,4 +1,4 @@
-"""What a training step of every method costs next to one of standard training: time, counted passes, memory.
+"""What a training step of every method costs compared with one of standard training: time, counted passes, memory.
 
     python -m paper.bench                                        every train_*.py, WRN-16-2, batch 128
     python -m paper.bench --only standard,fgsm,slat --rounds 30  these three, more exactly

@@ -211,41 +211,44 @@ def linearity(args):
 def over_epochs(args):
     """What was measured after every epoch (Fig. 6).
 
-    curves: PGD-10 and FGSM accuracy on test images; where they part, the network overfits catastrophically. A ring is
-    around the epoch whose weights such a run keeps in best.pt: what it has if it is stopped in time.
+    curves: accuracy under PGD-10 and FGSM on test images; where they part, the network has collapsed (catastrophic
+    overfitting). A ring is around the epoch whose weights such a run keeps in best.pt: what it has if stopped in time.
     alignment: mean cosine of the gradients at x and at a random point within eps, on test images.
     """
     keys, ylabel = {
-        "curves": (["test_pgd10", "test_fgsm"], "accuracy (%): PGD-10 solid, FGSM dotted"),
+        "curves": (["test_pgd10", "test_fgsm"], "accuracy under attack (%)"),
         "alignment": (["alignment"], "gradient alignment (cosine)"),
     }[args.command]
     plt = pyplot()
     configs = [read_json(Path(run) / "config.json", CONFIG) for run in args.runs]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    numbers, rings = {}, False
+    numbers, rings, lengths = {}, False, {config["epochs"] for config in configs}
+    end = 1 if len(lengths) > 1 else max(lengths)
     for run, config, (label, style) in zip(args.runs, configs, legends(args.runs, configs)):
         rows = read_json(Path(run) / "metrics.jsonl", dict.fromkeys(["epoch", "train_pgd10", *keys], NUMBER))
         if not rows:
             common.fail(f"{run}/metrics.jsonl is empty: no epoch has ended")
-        # As a share of the training: Free-AT and YOPO take fewer epochs than the others.
-        share = [row["epoch"] / config["epochs"] for row in rows]
+        # Free-AT and YOPO take fewer epochs than the others; then, as a fraction of all.
+        where = [row["epoch"] / (config["epochs"] if len(lengths) > 1 else 1) for row in rows]
         best = max(range(len(rows)), key=lambda i: rows[i]["train_pgd10"])  # where bookkeeping.Run wrote best.pt
-        numbers[label] = {"epochs": config["epochs"], "best_epoch": rows[best]["epoch"], "share": share}
-        numbers[label] |= {key: [row[key] for row in rows] for key in keys}
+        numbers[label] = {"epochs": config["epochs"], "best_epoch": rows[best]["epoch"]}
+        numbers[label] |= {key: [row[key] for row in rows] for key in ("epoch", *keys)}
         for key, line in zip(keys, ("-", ":")):
-            axis.plot(share, numbers[label][key], line, **style, label=label if line == "-" else None)
-        for row, where in zip(rows, share):
-            if row.get("warning"):
-                place = {"xytext": (5, 5), "textcoords": "offset points", "color": style["color"], "fontsize": 9}
-                axis.annotate("overfits", (where, row[keys[0]]), **place)
-                axis.plot(share[best], rows[best][keys[0]], **RING, color=style["color"])
-                rings = True
-                break
+            axis.plot(where, numbers[label][key], line, **style, label=label if line == "-" else None)
+        collapsed = [(at, row[keys[0]]) for at, row in zip(where, rows) if row.get("warning")]
+        if collapsed:
+            place = {"xytext": (5, 5), "textcoords": "offset points", "color": style["color"], "fontsize": 9}
+            axis.annotate("collapses", collapsed[0], **place, annotation_clip=False)
+            axis.plot(where[best], rows[best][keys[0]], **RING, color=style["color"])
+            rings = True
     if rings:
         axis.plot([], [], **RING, color="0.4", label="best epoch")
-    axis.axvline(PEAK, color="0.6", linewidth=1, zorder=0)
-    axis.set(xlabel="share of the training done", ylabel=ylabel, xlim=(0, 1.02), ylim=(0, None))
-    axis.text(PEAK, axis.get_ylim()[1], " highest learning rate", color="0.4", va="top", fontsize=9)
+    for line, name in zip(("-", ":"), ("under PGD-10", "under FGSM") if len(keys) > 1 else ()):
+        axis.plot([], [], line, color="0.4", label=name)
+    axis.axvline(PEAK * end, color="0.6", linewidth=1, zorder=0)
+    xlabel = "fraction of training" if end == 1 else "epoch"
+    axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, 1.02 * end), ylim=(0, None))
+    axis.text(PEAK * end, axis.get_ylim()[1], " highest learning rate", color="0.4", va="top", fontsize=9)
     legend_below(figure, axis)
     write(args.out, figure, numbers)
 
@@ -298,7 +301,8 @@ def over_flag(args):
             points = zip(*points or [(math.nan, math.nan)])
             axis.plot(*points, marker, color=colour, mfc=face or colour, clip_on=False, zorder=zorder)
             means = [mean_std(seeds)[0] if seeds else math.nan for seeds in found]
-            axis.plot(values, means, linestyle=line, color=colour)  # breaks where nothing was measured
+            if flag != "dropout":  # where one seed of four collapses, the mean is where no run is
+                axis.plot(values, means, linestyle=line, color=colour)  # breaks where nothing was measured
     ticks = sorted({value for by_value in groups.values() for value in by_value})
     axis.set(xlabel=xlabels.get(flag, flag), ylabel="accuracy (%)", xticks=ticks)
     axis.set_ylim(0)

@@ -140,8 +140,8 @@ commands and versions. Per cent, mean ± std over seeds; [1 of 2] where not ever
 in brackets what the paper reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and
 AutoAttack are run on the first n test images. A JSON file without `autoattack_parts` is older: its
 AutoAttack is what PGD-50-10 and AutoAttack left together. "best epoch" is best.pt, the epoch with
-the best PGD-10 accuracy on training images. Minutes are those of the whole training, by the clock,
-whatever else the machine was doing.
+the best PGD-10 accuracy on training images. Minutes are those of the training steps, without the
+accuracies after each epoch, by the clock, whatever else the machine was doing.
 
 | method | flags | data | network | epochs | eps | n | clean | PGD-50-10 | AutoAttack | minutes | hardware | seeds |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""

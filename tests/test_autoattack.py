@@ -315,9 +315,13 @@ def test_autoattack_is_its_four_attacks_in_turn(trained, short):
 
 
 def test_autoattack_warns_of_what_makes_its_number_doubtful(trained, short, monkeypatch):
+    """Of every network that it meets, not of the first only."""
     model, x, y = trained
-    with pytest.warns(UserWarning, match="remove the softmax"):
-        eval_attacks.autoattack(lambda x: model(x).softmax(1), x, y, EPS)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        for scale in (1, 2):
+            eval_attacks.autoattack(lambda x, scale=scale: (scale * model(x)).softmax(1), x, y, EPS)
+    assert sum("remove the softmax" in str(warning.message) for warning in found) == 2
     for name in ("apgd", "fab"):  # as if no gradient led anywhere
         monkeypatch.setattr(eval_attacks, name, lambda model, x, y, *_, **__: (predict(model, x) == y, x))
     with pytest.warns(UserWarning, match="Square, which uses no gradients, broke"):

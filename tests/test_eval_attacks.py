@@ -19,7 +19,19 @@ import torchattacks
 import common
 import eval_attacks
 from conftest import EPS, SHORT, TINY, Linear, train
-from eval_attacks import ATTACKS, ContractError, autoattack, check_network, is_adversarial, noise, pgd, predict, square
+from eval_attacks import (
+    ATTACKS,
+    ContractError,
+    apgd,
+    autoattack,
+    check_network,
+    fab,
+    is_adversarial,
+    noise,
+    pgd,
+    predict,
+    square,
+)
 from wrn import load_model
 
 every_attack = pytest.mark.parametrize("name", ATTACKS)
@@ -181,8 +193,9 @@ NETWORKS = {
     "classes": (Net(lambda f, x: f(x).argmax(1)), r"float logits \(6, classes\), not torch.int64 \(6,\)"),
     "integers": (Net(lambda f, x: f(x).long()), r"float logits \(6, classes\), not torch.int64 \(6, 3\)"),
     "half the batch": (Net(lambda f, x: f(x)[::2]), r"float logits \(6, classes\), not torch.float64 \(3, 3\)"),
-    "depends on the batch": (Net(lambda f, x: f(x - x.mean(0))), "depend on the rest of its batch"),
-    "no statistics": (Net(lambda f, x: f(F.batch_norm(x, None, None, training=True))), "depend on the rest"),
+    "depends on the batch": (Net(lambda f, x: f(x - x.mean(0))), "depend on its batch"),
+    "no statistics": (Net(lambda f, x: f(F.batch_norm(x, None, None, training=True))), "depend on its batch"),
+    "noise of a fixed seed": (Net(lambda f, x: f(x + noise(x, torch.arange(len(x)), 0, 0, 3, 2, 2))), "on its batch"),
     "randomised": (Net(lambda f, x: F.dropout(f(x))), "the network is randomised: two equal passes differ"),
     "not finite": (Net(lambda f, x: f(x) / (x.amax((1, 2, 3)) < 0.9)[:, None]), "the logits are not finite at"),
 }
@@ -201,6 +214,31 @@ def test_what_breaks_the_contract_is_one_line(name):
         assert "\n" not in str(error.value)
     assert len(check_network(model, *call)) == 1
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+OPTIONS = {"restarts": (pgd, 0), "steps": (fab, 0), "targets": (fab, 0), "queries": (square, 0)}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_attack_of_nothing_is_refused(option):
+    """Elsewhere no restart may mean one run; here it would be six iterations."""
+    attack, value = OPTIONS[option]
+    with pytest.raises(ContractError, match="restarts, targets, steps and queries must be at least 1"):
+        attack(Linear(3), X, Y, EPS, **{option: value})
+
+
+def test_a_loss_that_there_is_not_is_an_error():
+    with pytest.raises(KeyError, match="CE"):
+        apgd(Linear(3), X, Y, EPS, "CE")
+
+
+def test_a_search_in_float16_is_refused():
+    """Where the gradients of confident images vanish PGD would stand still."""
+    with torch.autocast("cpu", torch.float16):
+        with pytest.raises(ContractError, match="gradients vanish in float16: attack outside autocast"):
+            pgd(Linear(3), X, Y, EPS)
+        found = pgd(Linear(3), X, Y, 0.1, precision="bf16")[0]
+    assert torch.equal(found, pgd(Linear(3), X, Y, 0.1)[0])
 
 
 def stuck(linear, x):
@@ -248,8 +286,11 @@ def test_habits_of_other_peoples_networks_and_callers_change_nothing(name):
     for x, labels in ((X.contiguous(memory_format=torch.channels_last), y), (graph, y.int())):
         found, adv = attack(Net(shallow), x, labels, 0.1)
         assert torch.equal(found, robust) and torch.equal(adv, x_adv) and not adv.requires_grad
-    with torch.inference_mode():
-        assert torch.equal(attack(model, X + 0, y + 0, 0.1)[0], robust)
+    sentences = check_network(model, X, y, 0.1)
+    for mode in (torch.inference_mode(), torch.device("meta")):
+        with mode:
+            assert torch.equal(attack(model, X + 0, y + 0, 0.1)[0], robust)
+            assert check_network(model, X, y, 0.1) == sentences
     before, shifted = X.clone(), Net(lambda f, x: f(x - 0.1))
     y = predict(shifted, X)
     found = attack(Net(lambda f, x: f(x.sub_(0.1))), X, y, 0.1)
@@ -409,6 +450,7 @@ import torch
 from wrn import SHIFT
 def make_model():
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10 + SHIFT))
+twin = make_model
 def broken():
     return open("/no/such/file")
 def tuples():
@@ -446,6 +488,18 @@ def test_any_weights_file(cli, net, tiny, tmp_path, name):
     assert not err and found["training"] is None and found["eps"] == 8 and sys.modules["wrn"] is ours
     x, y = tiny.test(30)
     assert found["clean"] == eval_attacks.percent(predict(network.eval(), x) == y)
+
+
+def test_a_state_is_not_that_of_an_edited_network(cli, net, tmp_path):
+    """The weights are the same, the code is not: what a user edits whose number looked wrong."""
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(3072, 12)).state_dict(), tmp_path / "w.pt")
+    flags, file = f"{net} --weights {tmp_path}/w.pt --state {tmp_path}/state.pt", tmp_path / "net.py"
+    assert cli(eval_attacks, flags)[0] == cli(eval_attacks, flags)[0] == 0
+    code, _, err = cli(eval_attacks, flags.replace("make_model", "twin"))
+    assert code == 2 and "another evaluation (model was" in err
+    file.write_text(NETWORK.replace("tuples", "pairs"))
+    code, _, err = cli(eval_attacks, flags)
+    assert code == 2 and "another evaluation (network and images was" in err
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_figures_of_metrics(cli, runs, tmp_path):
         assert cli(figures, f"{command} {runs} --out {tmp_path / command}")[::2] == (0, "")
         numbers = written(tmp_path / command)
         assert numbers["SLAT"][key] == [row[key] for row in rows] and list(numbers) == ["SLAT", "FGSM"]
-        assert numbers["SLAT"]["share"] == [0.5, 1]
+        assert numbers["SLAT"]["epoch"] == [1, 2]
 
 
 def test_figures_of_networks(cli, runs, tmp_path):

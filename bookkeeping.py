@@ -108,7 +108,7 @@ class Run:
         self._begin_epoch()
 
     def _measure(self):
-        """Complete the last epoch's row with the accuracies of the network and print it. Needs no memory to train."""
+        """Complete the last epoch's row with the network's accuracies and print it. Needs no memory beyond a step's."""
         row, start = self.rows[-1], time.perf_counter()
         self.line.show(f"epoch {self.epoch}/{self.args.epochs}: clean, FGSM and PGD-10 accuracy ...")
         self.model.eval()

@@ -49,6 +49,14 @@ def number(kind, low, high=1e9):
     return convert
 
 
+def writable(text):
+    """An argparse type: the path of a file to be written."""
+    folder = Path(text).absolute().parent
+    if Path(text).is_dir() or not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: it is a folder, or there is no folder {folder}")
+    return text
+
+
 def make_parser(doc):
     """A parser with the flags that every training script shares; doc is the script's docstring."""
     units = "eps is in units of 1/255; steps, radii and noise are multiples of eps."
@@ -294,7 +302,7 @@ def write_torch(path, state):
 def note(message, kind="note"):
     """Something to know, in one line on stderr."""
     line = str(message).strip().split("\n")[0]
-    print(f"{kind}: {line}", file=sys.stderr)
+    print("\r\033[K" * sys.stderr.isatty() + f"{kind}: {line}", file=sys.stderr)  # over a status line
 
 
 def fail(message, code=2):
@@ -311,7 +319,7 @@ def launch(main):
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; Python would try to write the rest as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        fail("nothing reads this output any more: --resume continues a training run")
+        fail("nothing reads this output any more (a training run: --resume continues it)")
     except OSError as error:
         fail(f"{error.strerror or error}: {error.filename}" if error.filename else error)
     except RuntimeError as error:
@@ -319,4 +327,4 @@ def launch(main):
             raise
         fail("out of memory: give a smaller --batch-size (a training run: or --width or --depth)", 1)
     except KeyboardInterrupt:
-        fail("interrupted: --resume continues a training run", 130)
+        fail("interrupted (a training run: --resume continues it)", 130)

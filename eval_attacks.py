@@ -402,6 +402,7 @@ def check_network(model, x, y, eps, batch_size=0, count=250):
 
 # ---------------------------------------------------------------- command line
 
+import argparse
 import hashlib
 import io
 import json
@@ -420,6 +421,7 @@ def fgsm(model, x, y, eps, **options):
 
 
 ATTACKS = {**AUTOATTACK, "apgd-dlr": functools.partial(apgd, loss="dlr"), "fgsm": fgsm, "pgd": pgd}
+NAMES = ", ".join([*ATTACKS, "autoattack"])
 
 
 def predict(model, x, batch_size=0):
@@ -427,20 +429,29 @@ def predict(model, x, batch_size=0):
     return outputs(model, x, batch_size).argmax(1)
 
 
+def attack_names(text):
+    """An argparse type: names of attacks, separated by commas."""
+    for name in text.split(","):
+        if name not in (*ATTACKS, "autoattack"):
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {NAMES}")
+    return text
+
+
 def parse_args():
     import common
 
     parser = common.Parser(description=__doc__.split("\n")[0], formatter_class=common.Help)
     network, add = parser.add_mutually_exclusive_group(required=True).add_argument, parser.add_argument
-    number, names = common.number, ", ".join([*ATTACKS, "autoattack"])
+    number, file = common.number, common.writable
     network("run", nargs="?", help="run folder (its model.pt), or a model.pt, best.pt or checkpoint.pt")
     network("--model", metavar="FILE:FUNCTION", help="my_net.py:make_model; the file is run: name one that you trust")
     add("--weights", metavar="FILE", help="for --model: a state_dict, or a checkpoint that holds one")
-    add("--attack", default="pgd", help=f"separated by commas, each on all images that the network gets right: {names}")
+    names = f"separated by commas, each on all images that the network gets right: {NAMES}"
+    add("--attack", type=attack_names, default="pgd", help=names)
     add("--eps", type=number(float, 0, 255), help="l-infinity radius, in 1/255 (default: the run's own, or 8)")
     add("--steps", type=number(int, 1), default=50, help="of PGD")
     add("--restarts", type=number(int, 1), default=10, help="of PGD")
-    add("--step-size", type=number(float, 0), default=0.25, help="of PGD, in multiples of eps")
+    add("--step-size", type=number(float, 0.001, 1), default=0.25, help="of PGD, in multiples of eps")
     add("--search-precision", choices=("fp32", "bf16"), default="fp32", help="bf16: faster, and ends in float32")
     add("--n", type=number(int, 1), help="the first N test images (default: all)")
     add("--dataset", help="cifar10, cifar100 or an .npz (default: what the run was trained on)")
@@ -448,18 +459,12 @@ def parse_args():
     add("--batch-size", type=number(int, 1), default=0, help="images in one pass; 0: 64 on a CPU, else 250")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of every random start and query")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--state", metavar="FILE", help="save every finished attack to this file, and continue from it if it exists")
-    add("--json", metavar="FILE", help="write the numbers to this file")
-    add("--save-adv", metavar="FILE", help="write all adversarial images to this file, an .npz")
+    add("--state", type=file, metavar="FILE", help="save every finished attack here, and go on from there if it exists")
+    add("--json", type=file, metavar="FILE", help="write the numbers to this file")
+    add("--save-adv", type=file, metavar="FILE", help="write all adversarial images to this file, an .npz")
     args = parser.parse_args()
     if args.weights and not args.model:
         parser.error("--weights needs --model")
-    for name in args.attack.split(","):
-        if name not in (*ATTACKS, "autoattack"):
-            parser.error(f"argument --attack: {name!r} is not one of {names}")
-    for file in map(Path, filter(None, (args.json, args.save_adv, args.state))):
-        if file.is_dir() or not file.absolute().parent.is_dir():
-            parser.error(f"cannot write {file}: it is a folder, or there is no folder {file.absolute().parent}")
     args.training = training_of(args.run) if args.run else {}
     args.eps = args.training.get("eps", 8.0) if args.eps is None else args.eps
     args.dataset = args.dataset or args.training.get("dataset")

@@ -1,6 +1,6 @@
 """FGSM-GA: FGSM plus GradAlign, a penalty on gradients that turn within the eps-ball.
 
-Andriushchenko & Flammarion 2020, arXiv:2007.02617, eq. 4: lambda (1 - cos(grad L(x), grad L(x + u))), u in U(eps).
+Andriushchenko & Flammarion 2020, arXiv:2007.02617, eq. 4: lambda (1 - cos(grad L(x), grad L(x + u))), u ~ U(-eps, eps).
 
     python train_fgsm_ga.py --eps 8
 
@@ -42,7 +42,7 @@ def fgsm_ga(model, x, y, eps, alpha):
 def parse_args():
     parser = common.make_parser(__doc__)
     parser.add_argument("--alpha", type=common.number(float, 0, 4), default=1.0, help="step size, in multiples of eps")
-    weight = "of the misalignment (default: 0.02 * 10^(eps / 8), its authors' for CIFAR-10)"
+    weight = "weight of the misalignment (default: 0.02 * 10^(eps / 8), its authors' for CIFAR-10)"
     parser.add_argument("--ga-lambda", type=common.number(float, 0), help=weight)
     args = common.parse(parser)
     if args.ga_lambda is None:

@@ -19,7 +19,7 @@ from wrn import WideResNet, layout
 
 
 def free(x, x_adv, gradient, eps):
-    """The next replay's perturbation: delta = x_adv - x, one step of eps on, clipped to the ball and the box.
+    """The next replay's perturbation: delta = x_adv - x after a step of eps, clipped to the ball and the box.
 
     x, x_adv: (B, C, H, W) in [0, 1]; gradient: of the loss with respect to x_adv; eps: in [0, 1] units.
     """

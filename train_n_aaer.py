@@ -6,8 +6,8 @@ They multiply before catastrophic overfitting; the penalty grows with their numb
     python train_n_aaer.py --eps 8
 
 Against train_n_fgsm.py: the loss has a penalty that compares losses and logits at the random start and after the step.
-In the authors' code the loss after the step is a constant in the lambda_2 term, which so has no gradient; it is the
-default, as their numbers come from it. In the paper's formula it is not: --loss-gradient. A step costs 5 passes.
+In its authors' code the loss after the step is a constant in the lambda_2 term, so that the term has no gradient. That
+is the default, since their numbers come from it; --loss-gradient is the paper's formula. A step costs 5 passes.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 57.2 / 32.4 / 28.8; eps 16: 41.8 / 20.6 / 15.7.
 """
 
@@ -54,7 +54,7 @@ def parse_args():
     default = "(default: its authors' at the nearest eps)"
     parser.add_argument("--lambda-2", type=common.number(float, 0), help=f"of the losses' change {default}")
     parser.add_argument("--lambda-3", type=common.number(float, 0), help=f"of the logits' change {default}")
-    parser.add_argument("--loss-gradient", action="store_true", help="the lambda_2 term has a gradient (see above)")
+    parser.add_argument("--loss-gradient", action="store_true", help="the lambda_2 term has one, as in the paper")
     args = common.parse(parser)
     table = {8: (1.5, 0.15), 12: (5.0, 0.55), 16: (8.5, 1.5), 32: (2.75, 0.75)}
     if args.dataset == "cifar100":

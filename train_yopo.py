@@ -30,12 +30,12 @@ def yopo(model, x, y, eps, alpha, outer, inner):
         h["conv1"].retain_grad()
         loss = F.cross_entropy(logits, y)
         loss.backward()
-        p = h["conv1"].grad.float()
+        p = h["conv1"].grad.to(x.dtype)
         for step in range(inner + 1):
             x_adv = (x + delta).clamp(0, 1).requires_grad_()
             product = (p * model.conv1((x_adv - model.mean) / model.std)).sum()
             if step == inner:  # the first layer's weights see the final perturbation too
-                product.backward(inputs=[model.conv1.weight])
+                product.backward(inputs=list(model.conv1.parameters()))
                 break
             (gradient,) = torch.autograd.grad(product, [x_adv])
             x_adv = x_adv.detach() + alpha * gradient.sign()
@@ -46,7 +46,7 @@ def yopo(model, x, y, eps, alpha, outer, inner):
 def parse_args():
     parser = common.make_parser(__doc__)
     parser.set_defaults(epochs=7)
-    parser.add_argument("--alpha", type=common.number(float, 0, 4), default=0.25, help="step size, in multiples of eps")
+    parser.add_argument("--alpha", type=common.number(float, 0, 1), default=0.25, help="step size, in multiples of eps")
     parser.add_argument("--outer", type=common.number(int, 1), default=5, help="m, full passes a batch")
     parser.add_argument("--inner", type=common.number(int, 1), default=3, help="n, first-layer steps a pass")
     return common.parse(parser)

@@ -154,6 +154,6 @@ def load_model(path, device="cpu"):
             raise ValueError("no arguments or no state_dict")
         model = WideResNet(**arguments)
         model.load_state_dict(weights)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise OSError(f"{path} does not hold a WideResNet: {' '.join(str(error).split())[:200]}") from None
     return model.to(device, memory_format=layout(device)).eval()

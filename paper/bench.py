@@ -53,7 +53,7 @@ class Stop(BaseException):
 
 
 def play(name, args, steps, flops=None):
-    """Run a script's main() for some steps after the warm-up: (seconds, counted operations) of a step; the network."""
+    """Run a script's main() for some steps after the warm-up: (seconds, counted operations) of a step; its Run."""
     notes = []
 
     class Turn(Run):
@@ -68,7 +68,7 @@ def play(name, args, steps, flops=None):
                 torch.cuda.synchronize(args.device)
             notes.append((time.perf_counter(), flops.total if flops else 0))
             if len(notes) == WARM_UP + steps:
-                raise Stop(self.model)
+                raise Stop(self)
 
         def end_epoch(self):
             self._begin_epoch()
@@ -79,6 +79,7 @@ def play(name, args, steps, flops=None):
     module.Run = Turn
     names = ("depth", "width", "dropout", "batch_size", "dataset", "device", "precision")
     flags = [word for key in names for word in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
+    flags += ["--epochs", "1000000000"]  # a turn ends before they do
     errors = io.StringIO()
     try:
         with mock.patch.object(sys, "argv", [module.__file__, *flags]):
@@ -94,9 +95,9 @@ def play(name, args, steps, flops=None):
 def passes(name, args):
     """The operations of a step over those of a forward pass of the same batch, and the latter."""
     with Flops() as flops:
-        (_, step), model = play(name, args, args.steps, flops)
+        (_, step), run = play(name, args, args.steps, flops)
     with Flops() as forward, torch.no_grad():
-        model(torch.rand(1, 3, 32, 32, device=args.device))
+        run.model(run.data.test(1)[0])
     return step / (forward.total * args.batch_size), forward.total * args.batch_size
 
 
@@ -140,7 +141,7 @@ def main():
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dataset", default="data/cifar10_tiny.npz", help="default data/cifar10_tiny.npz")
-    add("--json", metavar="FILE", help="write the numbers there")
+    add("--json", type=common.writable, metavar="FILE", help="write the numbers there")
     args = parser.parse_args()
     args.only = args.only.split(",")
     for name in args.only:

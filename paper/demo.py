@@ -7,7 +7,6 @@ Both were trained on the complete CIFAR-10 at eps 16/255, as results/RESULTS.md 
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -30,7 +29,9 @@ def picture(run):
     with np.load(run / "adv.npz", allow_pickle=False) as file:
         x_adv, y, broken = torch.from_numpy(file["x"]).permute(0, 3, 1, 2), file["y"], file["adversarial"]
     data, model = common.Data(str(DATA), None, "cpu", ("test",)), load_model(run)
-    x, classes = data.test(len(y))[0], data.classes
+    (x, labels), classes = data.test(len(y)), data.classes
+    if y.tolist() != labels.tolist():
+        common.fail(f"{run}/adv.npz is not of the images in {DATA.name}")
     shown = (broken & (predict(model, x).numpy() == y)).nonzero()[0][:10]
     x, x_adv = x[shown], x_adv[shown]
     change = F.avg_pool2d((x_adv - x).mean(1, keepdim=True), 3, stride=1, padding=1)
@@ -44,8 +45,11 @@ def picture(run):
 
 
 def main():
-    if len(sys.argv) > 1:
-        return picture(Path(sys.argv[1]))
+    parser = common.Parser(prog="python -m paper.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("run", nargs="?", type=Path, help="draw what eval_attacks.py --save-adv RUN/adv.npz found")
+    args = parser.parse_args()
+    if args.run:
+        return picture(args.run)
     start = time.perf_counter()
     (x, y), eps = common.Data(str(DATA), None, "cpu", ("test",)).test(N), EPS / 255
     precision = "bf16" if common.has_bf16("cpu") else "fp32"

@@ -324,7 +324,8 @@ def main():
     for command, function in COMMANDS.items():
         add = commands.add_parser(command, description=function.__doc__).add_argument
         add("runs", nargs="+", help="JSON files" if function in (over_flag, table) else "run folders")
-        add("--out", default=None if function is table else command, metavar="NAME", help="default: the command's name")
+        name = None if function is table else command
+        add("--out", type=common.writable, default=name, metavar="NAME", help="default: the command's name")
         if function in (landscape, grad_norm, linearity):
             add("--n", type=number(int, 1), default=100, help="the first N test images (default 100)")
             add("--dataset", help="cifar10, cifar100 or an .npz (default: what the run was trained on)")
@@ -339,8 +340,6 @@ def main():
             add("--layers", default="0,conv1,conv2", help="default 0,conv1,conv2")
             add("--share", type=number(float, 0), default=5, help="of the mean of |h|, in per cent (default 5)")
     args = parser.parse_args()
-    if args.out and not Path(args.out).absolute().parent.is_dir():
-        parser.error(f"argument --out: there is no folder {Path(args.out).absolute().parent}")
     if "device" in args:
         args.device = common.find_device(args.device)
     COMMANDS[args.command](args)

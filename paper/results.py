@@ -51,7 +51,7 @@ PAPER = {
 }
 # Flags that do not make a set-up of their own: a table has a column for them, or training does not depend on them.
 NO_SETUP = {"dataset", "depth", "width", "epochs", "eps", "seed"} | set(
-    "data_dir device precision compile deterministic monitor out resume overwrite checkpoint_minutes".split()
+    "data_dir device precision deterministic monitor out resume overwrite".split()
 )
 # What is needed of the files of a run and of an evaluation, and its types.
 NUMBER = (int, float)

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import common
+from eval_attacks import attack_names
 from paper.results import read_json
 
 METHODS = sorted(path.stem.removeprefix("train_") for path in Path().glob("train_*.py"))
@@ -146,9 +147,9 @@ def main():
     add("--depth", type=number(int, 10), help="default 28, with --small 10")
     add("--width", type=number(int, 1), help="default 10, with --small 2")
     add("--epochs", type=number(int, 1), help="default 30, with --small 8; Free-AT and YOPO proportionally fewer")
-    add("--eps", type=number(float, 0, 255), default=8, help="in 1/255 (default 8)")
+    add("--eps", type=number(float, 0, 255), default=8, help="in 1/255 (default 8); eps and eps16 have their own")
     add("--n", type=number(int, 1), help="test images that are attacked (default all, with --small 1000)")
-    add("--attack", default="pgd,autoattack", help="for eval_attacks.py (default pgd,autoattack)")
+    add("--attack", type=attack_names, default="pgd,autoattack", help="for eval_attacks.py (default pgd,autoattack)")
     add("--best", action="store_true", help="evaluate best.pt too, the early-stopped network: NAME_best.json")
     add("--search-precision", choices=("fp32", "bf16"), default="bf16", help="for eval_attacks.py (default bf16)")
     add("--device", help="of training and evaluation: auto, cpu, cuda, cuda:1, mps (default: their own)")

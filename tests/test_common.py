@@ -1,4 +1,5 @@
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -125,3 +126,12 @@ def test_monitor_measures_alignment():
 def test_overfitting_is_recognised(clean, fgsm, pgd10, expected):
     warning = bookkeeping.overfitting({"test_clean": clean, "test_fgsm": fgsm, "test_pgd10": pgd10})
     assert warning is None if expected is None else re.search(expected, warning)
+
+
+def test_a_note_clears_the_status_line_of_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    line = common.StatusLine()
+    line.last -= 1
+    line.show("half done")
+    common.note("look")
+    assert capsys.readouterr().err == "\r\033[K\033[?7lhalf done\033[?7h\r\033[Knote: look\n"

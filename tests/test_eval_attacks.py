@@ -400,9 +400,9 @@ def test_square_breaking_more_than_chance_is_said(cli, run, tmp_path, monkeypatc
 
 def test_step_size_is_in_multiples_of_eps_and_a_small_eps_is_noticed(cli, run, tiny, tmp_path):
     once = f"{run} --n 40 --attack pgd --steps 1 --restarts 1"
-    found, _, err = result(cli, f"{once} --eps 0.9 --step-size 2", tmp_path / "r.json")
+    found, _, err = result(cli, f"{once} --eps 0.9 --step-size 0.5", tmp_path / "r.json")
     assert err == "note: --eps 0.9 is in units of 1/255\n"
-    robust, _ = pgd(load_model(run), *tiny.test(40), 0.9 / 255, 1, 1, step_size=1.8 / 255)
+    robust, _ = pgd(load_model(run), *tiny.test(40), 0.9 / 255, 1, 1, step_size=0.45 / 255)
     assert found["attacks"]["pgd-1-1"] == eval_attacks.percent(robust)
 
 

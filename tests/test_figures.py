@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -255,12 +256,15 @@ def test_an_error_in_the_code_keeps_its_traceback(cli, runs, tmp_path, monkeypat
 def test_errors_are_one_line(refused, runs, monkeypatch):
     run = runs.split()[0]
     refused(figures, "curves nowhere", "nowhere/config.json is missing")
-    refused(figures, f"curves {run} --out no/such/name", "no folder")
+    for module, flags in ((figures, f"curves {run} --out"), (toy_2d, "--out"), (bench, "--json")):
+        for name in ("no/such/name", run):
+            refused(module, f"{flags} {name}", f"cannot write '{name}': it is a folder, or there is no folder")
     refused(figures, f"linearity {run} --layers conv9", "conv9")
     refused(figures, f"landscape {run} --eps 999", "--eps")
     refused(figures, f"table {run}/config.json", "does not say how the network was trained")
     refused(figures, f"draw {run}", "draw")
     refused(sweep, "table2 --only pgd", "table2 has no runs of pgd")
+    refused(sweep, "table2 --attack pdg", "'pdg' is not one of apgd-ce, apgd-t, fab-t, square")
     refused(bench, "--only sgd", "'sgd' is not one of")
     refused(bench, "--depth 11", "choose from 10, 16")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -334,11 +338,13 @@ def test_a_sweep_skips_what_is_done_and_resumes_what_is_broken(cli, tmp_path):
     assert len(left()) == 5
 
 
-TINY_STEPS = "--depth 10 --width 1 --rounds 1 --steps 1 --device cpu --precision fp32"
-
-
-def test_every_contestant_makes_a_step(cli, tmp_path):
-    assert cli(bench, f"{TINY_STEPS} --batch-size 4 --no-memory --json {tmp_path / 'bench.json'}")[::2] == (0, "")
+def test_every_contestant_makes_more_steps_than_its_epochs_have(cli, tmp_path):
+    """On images of any size; passes are counted."""
+    x, y = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4)
+    np.savez(tmp_path / "small.npz", train_x=x, train_y=y, test_x=x, test_y=y)
+    flags = "--depth 10 --width 1 --rounds 1 --steps 6 --batch-size 4 --device cpu --precision fp32 --no-memory"
+    flags += f" --dataset {tmp_path / 'small.npz'} --json {tmp_path / 'bench.json'}"
+    assert cli(bench, flags)[::2] == (0, "")
     rows = json.loads((tmp_path / "bench.json").read_text())["result"]["steps"]
     assert rows.keys() == {"standard", *SCRIPTS} and rows["standard"]["measured"] == 1
     assert all(row["images_per_second"] > 0 and row["peak_bytes"] is None for row in rows.values())
@@ -349,7 +355,8 @@ def test_every_contestant_makes_a_step(cli, tmp_path):
 
 
 def test_peak_memory(cli, tmp_path):
-    assert cli(bench, f"{TINY_STEPS} --batch-size 64 --only standard,slat --json {tmp_path / 'bench.json'}")[0] == 0
+    flags = "--depth 10 --width 1 --rounds 1 --steps 1 --batch-size 64 --device cpu --precision fp32"
+    assert cli(bench, f"{flags} --only standard,slat --json {tmp_path / 'bench.json'}")[0] == 0
     rows = json.loads((tmp_path / "bench.json").read_text())["result"]["steps"]
     assert 3e7 < rows["standard"]["peak_bytes"] < rows["slat"]["peak_bytes"] < 1.5e8
 

@@ -117,7 +117,7 @@ KILL = KeyboardInterrupt()
 
 @pytest.mark.parametrize(
     ("place", "call", "fault", "code", "message", "saved"),  # saved: the epochs that are in the checkpoint then
-    [("log", 1, KILL, 130, "interrupted: --resume", 0),
+    [("log", 1, KILL, 130, "interrupted (a training run: --resume", 0),
      ("log", 4, RuntimeError("can't allocate memory"), 1, "give a smaller --batch-size", 1),
      ("monitor", 3, KILL, 130, "interrupted", 2), ("checkpoint.pt", 2, KILL, 130, "interrupted", 1),
      ("checkpoint.pt", 2, OSError(28, "No space left"), 2, "No space left: {run}/checkpoint.pt\n", 1),
@@ -261,7 +261,7 @@ def test_a_reader_that_goes_away_ends_no_epoch(tmp_path):
         next(line for line in process.stdout if line.startswith("epoch"))  # the header's last
         process.stdout.close()
         assert process.wait() == 2
-        assert process.stderr.read().endswith("nothing reads this output any more: --resume continues a training run\n")
+        assert process.stderr.read().endswith("any more (a training run: --resume continues it)\n")
     assert [row["epoch"] for row in rows(tmp_path)] == [1]
 
 

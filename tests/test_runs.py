@@ -371,6 +371,7 @@ def test_wrong_and_hostile_weights(finished, tmp_path):
         (good | {"state_dict": weights | {"fc.bias": "hello"}}, ""),
         (good | {"arguments": "hello"}, "no arguments"),
         (good | {"arguments": arguments | {"depth": 11}}, "6n"),
+        (good | {"arguments": arguments | {"activation": "silu"}}, "unexpected keyword argument"),
         (good | {"arguments": arguments | {"width": 2}}, "size mismatch"),
         (good | {"state_dict": {k: v for k, v in weights.items() if k != "fc.bias"}}, 'missing.*"fc.bias"'),
         (good | {"state_dict": weights | {"fc.scale": weights["fc.bias"]}}, 'unexpected.*"fc.scale"'),

@@ -12,7 +12,7 @@ import torchattacks
 from torchattacks.attacks.fab import projection_linf
 
 import eval_attacks
-from conftest import EPS, SHORT, Linear, SmoothNet
+from conftest import EPS, SHORT, Linear, SmoothNet, parsed
 from eval_attacks import ATTACKS, AUTOATTACK, apgd, check_network, is_adversarial, pgd, predict, run
 
 every_attack = pytest.mark.parametrize("name", ATTACKS)
@@ -22,7 +22,7 @@ every_attack = pytest.mark.parametrize("name", ATTACKS)
 def loop_of(monkeypatch):
     """The generator of an attack, called with one batch, and that batch."""
 
-    def get(attack, model, x, y, eps, **options):
+    def get(attack, model, x, y, eps, best=None, **options):
         calls = []
         with monkeypatch.context() as patch:
             patch.setattr(eval_attacks, "run", lambda *args, **_: calls.append(args))
@@ -30,7 +30,7 @@ def loop_of(monkeypatch):
         (_, _, _, _, loop, steps, *_), low, high = calls[0], (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
         noise = functools.partial(eval_attacks.noise, x, torch.arange(len(x)), 0, 0)
         b = SimpleNamespace(x=x, y=y, low=low, high=high, target=None, seed=0, noise=noise)
-        return loop(b, None, steps), b
+        return loop(b, best, steps), b
 
     return get
 
@@ -88,11 +88,20 @@ def test_one_image_images_that_are_wrong_and_eps_0(name):
     assert robust.all() and torch.equal(x_adv, x)
 
 
+def test_the_budgets_are_the_standard_ones():
+    defaults = {f: f.__defaults__ for f in (pgd, apgd, eval_attacks.fab, eval_attacks.square)}
+    assert [*defaults.values()] == [(50, 10, None, True), ("ce", 100, 1, 9), (100, 9, 0.1, 1.05, 0.9), (5000, 0.8, 1)]
+    args = parsed(eval_attacks, "nowhere")
+    assert eval_attacks.logits_at(lambda x: x.flatten(1).bfloat16(), images(2)).dtype == torch.float32
+    assert (args.steps, args.restarts, args.step_size, args.search_precision, args.seed) == (50, 10, 0.25, "fp32", 0)
+
+
 def test_dlr_by_hand():
     logits = torch.tensor([[5.0, 1.0, 3.0, 0.0], [2.0, 6.0, 1.0, 4.0]])
     y = torch.tensor([0, 0])
     assert eval_attacks.dlr(logits, y).tolist() == pytest.approx([-2 / 4, 4 / 4])
     assert eval_attacks.dlr(logits, y, torch.tensor([1, 3])).tolist() == pytest.approx([-4 / 4.5, 2 / 4.5])
+    assert eval_attacks.dlr(logits[:, :3], y).tolist() == pytest.approx([-2 / 4, 4 / 5])
     assert eval_attacks.dlr(3 * logits + 7, y).tolist() == pytest.approx(eval_attacks.dlr(logits, y).tolist())
     theirs = torchattacks.APGDT(nn.Identity()).dlr_loss_targeted(logits, y, torch.tensor([1, 3]))
     torch.testing.assert_close(eval_attacks.dlr(logits, y, torch.tensor([1, 3])), theirs)
@@ -135,20 +144,34 @@ def slow_apgd(model, x, y, eps, steps, start):
     return best, torch.cat(tried), size
 
 
-def test_apgd_is_algorithm_1(loop_of):
+class Teeth(nn.Module):
+    """Its loss rises along its gradient and falls off again and again: APGD often has to go back."""
+
+    def forward(self, x):
+        score = torch.frac(10 * x.flatten(1)).mean(1)
+        return torch.stack([-score, score], 1)
+
+
+@pytest.mark.parametrize(("model", "shape"), [(SmoothNet(), (3, 3, 6, 6)), (Teeth(), (40, 1, 2, 2))])
+def test_apgd_is_algorithm_1(loop_of, model, shape):
     torch.manual_seed(3)
-    model, x = SmoothNet().double().eval(), images(3, size=6)
-    y, eps = predict(model, x), 0.02
+    for p in model.double().eval().parameters():
+        p.data = torch.randn_like(p)  # so curved that no point comes to rest in a corner of the ball
+    x = torch.rand(shape).double()
+    y, eps = predict(model, x), 0.2
     loop, b = loop_of(apgd, model, x, y, eps)
     points, _, bests = zip(*loop)
     assert len(points) == 101
-    for i in range(3):
-        t = b.noise(3, 6, 6)[i : i + 1]
+    for i in range(len(x)):
+        t = b.noise(*shape[1:])[i : i + 1]
         start = (x[i : i + 1] + eps * t / t.abs().max()).clamp(0, 1)
         best, tried, size = slow_apgd(model, x[i : i + 1], y[i : i + 1], eps, 100, start)
         torch.testing.assert_close(torch.stack(points)[:, i], tried)
         torch.testing.assert_close(bests[-1][i : i + 1], best)
         assert size < 2 * eps / 8
+    again = bests[-1]
+    first, second = (found[0] for found, _ in zip(loop_of(apgd, model, x, y, eps, again)[0], range(2)))
+    assert torch.equal(first, again) and (second - first).abs().max() == pytest.approx(eps / 4)  # it goes on from there
 
 
 def test_the_projection_is_that_of_torchattacks():
@@ -196,10 +219,13 @@ def test_square_changes_one_square_a_query_and_keeps_what_raises_the_margin(trai
     model, x, y = trained[0], *(v[:4] for v in trained[1:])
     loop, b = loop_of(eval_attacks.square, model, x, y, EPS)
     ends = {10: 29, 50: 20, 200: 14, 500: 10}  # the last query with squares of that side, round(sqrt(p) 32)
-    seen, before, highest = set(), None, torch.full((4,), -torch.inf)
+    seen, before, highest, colours = set(), None, torch.full((4,), -torch.inf), []
     for query, (tried, logits, best) in zip(range(501), loop):
         value = eval_attacks.margin(logits, y)
         assert (((tried - x).abs() - EPS).abs() < 1e-6).logical_or((tried == 0) | (tried == 1)).all()
+        bright = tried == b.high
+        if not query:  # vertical stripes, whose colours are independent
+            assert torch.equal(bright, bright[:, :, :1].expand_as(bright)) and (bright[:, 0] != bright[:, 1]).any()
         if query:
             side = next(side for end, side in ends.items() if query <= end)
             for mask in (tried != before).any(1):
@@ -207,12 +233,22 @@ def test_square_changes_one_square_a_query_and_keeps_what_raises_the_margin(trai
                 if len(rows):
                     assert rows[-1] - rows[0] < side and columns[-1] - columns[0] < side
                     seen |= {("side", query, len(rows)), ("row", int(rows[-1])), ("column", int(columns[-1]))}
+                    square = bright[:, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].flatten(2)
+                    if len(rows) == len(columns) == side:
+                        assert torch.equal(square, square[:1, :, :1].expand_as(square))
+                        colours.append(tuple(square[0, :, 0].tolist()))
             kept = (best == tried).flatten(1).all(1)
             assert torch.equal(kept | (best == before).flatten(1).all(1), torch.ones_like(kept))
             assert (value[kept] >= highest[kept]).all() and (value[~kept] <= highest[~kept]).all()
         before, highest = best, torch.maximum(value, highest)
     assert all(any(("side", q, side) in seen for q in range(end - 9, end + 1)) for end, side in ends.items())
     assert {("row", 31), ("column", 31)} <= seen  # the last ones too
+    assert len(set(colours)) == 8 and 0.4 < torch.tensor(colours).double().mean() < 0.6
+    best, sides = x, set()  # it goes on with the squares of query 5000
+    for _, (tried, _, following) in zip(range(50), loop_of(eval_attacks.square, model, x, y, EPS, best)[0]):
+        sides.add(int((tried != best).any(1).any(2).sum(1).max()))
+        best = following
+    assert max(sides) == 3
 
 
 def test_rounding_fools_gradients_but_neither_square_nor_the_checks(trained):

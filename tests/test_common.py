@@ -9,6 +9,9 @@ import torchvision.transforms.functional as TF
 
 import bookkeeping
 import common
+import train_fgsm
+from conftest import EPS, TINY
+from eval_attacks import percent, pgd, predict
 
 
 def test_schedule_is_torchs_cyclic_lr():
@@ -43,6 +46,8 @@ def test_images_are_torchvisions_to_tensor_and_statistics_those_of_their_pixels(
     x, _ = tiny.train()
     torch.testing.assert_close(torch.tensor(tiny.mean), x.mean((0, 2, 3)), rtol=1e-4, atol=0)
     torch.testing.assert_close(torch.tensor(tiny.std), x.std((0, 2, 3)), rtol=1e-4, atol=0)
+    limited = common.Data(TINY, "data", "cpu", limit_train=50)  # statistics are those of all images nevertheless
+    assert (limited.mean, limited.std) == (tiny.mean, tiny.std) and len(limited.train_x) == len(limited.train_y) == 50
 
 
 def test_an_epoch_shows_every_image_once_and_depends_on_seed_and_epoch_alone(tiny):
@@ -104,6 +109,15 @@ def test_monitor_counts_fgsm_plainly():
 
     result = bookkeeping.monitor(leaky, x, y, 8 / 255, 25)
     assert result["fgsm"] == 100 and result["clean"] == 50 and result["pgd10"] < 50.1
+
+
+def test_monitor_is_fgsm_and_pgd_10(trained):
+    model, x, y = trained
+    x = torch.where(x < 0.5, 0, x)  # so many pixels in a corner that the box matters
+    found = bookkeeping.monitor(model, x, y, 4 * EPS, 25)
+    assert found["fgsm"] == percent(predict(model, train_fgsm.fgsm(model, x, y, 4 * EPS, 4 * EPS)) == y)
+    found = bookkeeping.monitor(model, x, y, EPS, 25)
+    assert found["pgd10"] == percent(pgd(model, x, y, EPS, 10, 1)[0])
 
 
 def test_monitor_measures_alignment():

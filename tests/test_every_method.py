@@ -61,6 +61,60 @@ def test_a_run_leaves_what_it_promises(whole, name):
     assert all(torch.equal(value, final[key]) for key, value in load_model(run).state_dict().items())
 
 
+def test_a_script_is_train_fgsm_with_another_method():
+    """But for what is in its `with common.autocast`, a script has every line of train_fgsm's main(), in its order."""
+
+    def around(name):
+        head, _, rest = inspect.getsource(SCRIPTS[name].main).partition("            with common.autocast(args):\n")
+        return (head + re.sub("^( {16}.*\n)*", "", rest)).splitlines()
+
+    for name in SCRIPTS.keys() - {"free", "yopo"}:  # whose loops are others
+        lines = iter(around(name))
+        assert all(line in lines for line in around("fgsm")), name
+        assert "logits = model(x_adv" in inspect.getsource(SCRIPTS[name].main) or name == "n_aaer"
+
+
+EPS = 16 / 255
+GIVEN = {  # to a method, at its defaults and eps 16
+    "fgsm": (EPS, EPS),
+    "slat": (EPS, ["0", "conv1", "conv2"], EPS, 0.9 * EPS, True, "zero"),
+    "fgsm_rs": (EPS, 1.25 * EPS),
+    "n_fgsm": (EPS, 2 * EPS),
+    "zero_grad": (EPS, 2 * EPS, 0.35),
+    "n_aaer": (EPS, 2 * EPS, 1.0, 8.5, 1.5, False),
+    "elle": (EPS,),
+    "fgsm_ckpt": (EPS, 1.25 * EPS, 3),
+    "fgsm_ga": (EPS, EPS),
+    "yopo": (EPS, EPS / 4, 5, 3),
+    "pgd": (EPS, EPS / 4, 7, "zero"),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_a_method_is_given(cli, monkeypatch, tmp_path, name):
+    class Seen(Exception):
+        pass
+
+    def method(model, x, y, *given):
+        assert torch.is_autocast_enabled("cpu")
+        raise Seen(*given)
+
+    monkeypatch.setattr(SCRIPTS[name], name, method)
+    with pytest.raises(Seen) as seen:
+        cli(SCRIPTS[name], f"{SMALL} --eps 16 --precision bf16 --out {tmp_path / 'run'}")
+    assert seen.value.args == tuple(pytest.approx(v) if isinstance(v, float) else v for v in GIVEN[name])
+
+
+@pytest.mark.parametrize(("name", "weight"), [("elle", 1000), ("fgsm_ga", 0.2)])
+def test_a_penalty_is_added_with_its_weight(cli, monkeypatch, tmp_path, name, weight):
+    monkeypatch.setattr(SCRIPTS[name], name, lambda model, x, *_: (x, torch.tensor(7e3)))
+    constant = "--constant" * (name == "elle")
+    assert cli(SCRIPTS[name], f"{SMALL} --epochs 1 --lr-max 0.001 {constant} --out {tmp_path}")[0] == 0
+    checkpoint = load_file(tmp_path / "checkpoint.pt")
+    assert 1 < checkpoint["rows"][0]["loss"] - 7e3 * weight < 5
+    assert name != "elle" or (checkpoint["extra"]["mean"], checkpoint["extra"]["count"]) == (7e3, 4)
+
+
 def flags_of(cli, monkeypatch, script):
     """The flags that a script has besides the shared ones, each with a value that is not its default."""
     seen = {}

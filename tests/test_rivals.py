@@ -71,12 +71,12 @@ def test_n_fgsm_leaves_the_ball_and_not_the_box(boxed):
     assert ((x_adv - x).abs() > EPS).double().mean() > 0.3
 
 
-@pytest.mark.parametrize("init", ["zero", "uniform"])
-def test_pgd(boxed, init):
+@pytest.mark.parametrize(("init", "steps"), [("zero", 7), ("uniform", 7), ("uniform", 1)])
+def test_pgd(boxed, init, steps):
     model, x, y = boxed
-    x_adv = seeded(train_pgd.pgd, model, x, y, EPS, EPS / 4, 7, init)
+    x_adv = seeded(train_pgd.pgd, model, x, y, EPS, EPS / 4, steps, init)
     expected = x if init == "zero" else start_noise(x, EPS)
-    for _ in range(7):
+    for _ in range(steps):
         expected = clip(expected + EPS / 4 * gradient_of(model, expected, y).sign(), x)
     torch.testing.assert_close(x_adv, expected)
     if init == "zero":
@@ -197,12 +197,14 @@ def test_free_training_is_the_obvious_loop(cli, tmp_path):
     torch.manual_seed(0)
     model = WideResNet(10, 1, 10, 0.0, data.mean, data.std).to(memory_format=torch.channels_last)
     velocity = [torch.zeros_like(p) for p in model.parameters()]
-    eps, delta, step = 8 / 255, 0, 0
+    eps, delta, step, total, right = 8 / 255, 0, 0, 0, 0
     for x, y in data.batches(0, 32, 0):
         for _ in range(3):
             height = (step / 9) / 0.4 if step / 9 < 0.4 else (1 - step / 9) / 0.6
             x_adv = (x + delta).clamp(0, 1).requires_grad_()
-            loss = F.cross_entropy(model(x_adv), y)
+            logits = model(x_adv)
+            loss = F.cross_entropy(logits, y)
+            total, right = total + loss.item() / 9, right + int((logits.argmax(1) == y).sum())
             *grads, slope = torch.autograd.grad(loss, [*model.parameters(), x_adv])
             with torch.no_grad():
                 for p, v, g in zip(model.parameters(), velocity, grads):
@@ -215,6 +217,8 @@ def test_free_training_is_the_obvious_loop(cli, tmp_path):
     for name, p in model.named_parameters():
         assert (state["state_dict"][name] - p).norm() < 1e-3 * p.norm() + 1e-5, name
     assert state["extra"]["delta"].abs().max() <= eps + 1e-6 and state["rows"][0]["step"] == step == 9
+    assert state["rows"][0]["loss"] == pytest.approx(total, rel=1e-3)
+    assert state["rows"][0]["train_acc"] == pytest.approx(100 * right / (9 * 32), abs=0.8)  # two images
 
 
 def test_yopo_gradients_are_autograds():
@@ -245,12 +249,13 @@ def test_yopo_takes_one_step_a_batch_with_lr_over_m(cli, tmp_path, monkeypatch):
     seen, original = [], torch.optim.SGD.step
 
     def step(self, *args, **kwargs):
-        seen.append(self.param_groups[0]["lr"])
+        seen.extend(self.param_groups[0][key] for key in ("lr", "momentum"))
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
     assert cli(train_yopo, f"{SMALL} --epochs 1 --outer 4 --out {tmp_path / 'run'}")[0] == 0
-    assert seen == pytest.approx([common.cyclic(i / 4, 0.2)[0] / 4 for i in range(4)])
+    rate, momentum = zip(*(common.cyclic(i / 4, 0.2) for i in range(4)))
+    assert seen[::2] == pytest.approx([r / 4 for r in rate]) and seen[1::2] == pytest.approx(momentum)
 
 
 def slow_penalty(model, x, y, alpha, noise, lambdas, loss_gradient):
@@ -361,6 +366,7 @@ def test_elles_lambda_jumps_and_decays_as_by_hand():
      ("n_aaer", "--eps 13 --lambda-2 0", {"lambda_2": 0, "lambda_3": 0.55}),
      ("n_aaer", "--eps 8 --dataset cifar100", {"lambda_2": 1.5, "lambda_3": 0.15}),
      ("n_aaer", "--eps 16 --dataset cifar100", {"lambda_2": 6, "lambda_3": 0.5}),
+     ("fgsm", "", {"epochs": 30, "batch_size": 128, "lr_max": 0.2}),
      ("elle", "", {"elle_lambda": 4000}), ("elle", "--eps 16", {"elle_lambda": 4000}),
      ("elle", "--constant", {"elle_lambda": 1000}), ("elle", "--constant --eps 10", {"elle_lambda": 5000}),
      ("elle", "--constant --eps 20", {"elle_lambda": 5000}), ("elle", "--constant --eps 24", {"elle_lambda": 10000}),

@@ -27,7 +27,7 @@ import common
 import eval_attacks
 import train_fgsm
 import train_slat
-from conftest import SCRIPTS, SMALL, assert_same, assert_same_run, rows, run_main
+from conftest import SCRIPTS, SMALL, assert_same, assert_same_run, parsed, rows, run_main
 from wrn import WideResNet, load_file, load_model
 
 FINISHED = f"{SMALL} --epochs 3 --limit-train 64"
@@ -176,14 +176,22 @@ def test_a_folder_is_for_one_process_at_a_time(cli, refused, finished, tmp_path)
     assert cli(train_fgsm, f"{flags} --resume")[0] == 0
 
 
-def test_a_warning_names_the_epoch(cli, tmp_path, monkeypatch):
-    seen = iter([(50, 30, 28), (50, 30, 28), (80, 60, 1), (80, 60, 1)])  # test and train, two epochs
-    keys = ("clean", "fgsm", "pgd10", "alignment")
-    monkeypatch.setattr(bookkeeping, "monitor", lambda *_: dict(zip(keys, (*next(seen), 0.5))))
-    code, out, _ = cli(train_fgsm, f"{SMALL} --epochs 2 --out {tmp_path}")
-    assert code == 0 and "warning: epoch 2: catastrophic overfitting" in out and "warning: epoch 1" not in out
+def test_a_warning_names_the_epoch_and_the_best_one_is_chosen_on_training_images(cli, tmp_path, monkeypatch):
+    """On training images the first is the best, on test images the second."""
+    data, keys = common.load_data(parsed(train_fgsm, SMALL)), ("clean", "fgsm", "pgd10", "alignment")
+    seen = {"test": iter([(80, 60, 1, 0.1), (50, 30, 28, 0.2)]), "train": iter([(80, 60, 40, 0.3), (80, 60, 2, 0.4)])}
+
+    def monitor(_, x, y, eps, batch_size):
+        assert eps == 8 / 255 and torch.is_autocast_enabled("cpu")
+        (split,) = (name for name in seen if torch.equal(x, getattr(data, name)(16)[0]))
+        return dict(zip(keys, next(seen[split])))
+
+    monkeypatch.setattr(bookkeeping, "monitor", monitor)
+    code, out, _ = cli(train_fgsm, f"{SMALL} --epochs 2 --precision bf16 --out {tmp_path}")
+    assert code == 0 and "warning: epoch 1: catastrophic overfitting" in out and "warning: epoch 2" not in out
+    assert [row["alignment"] for row in rows(tmp_path)] == [0.1, 0.2]
     best, last = (load_file(tmp_path / name)["state_dict"]["fc.weight"] for name in ("best.pt", "model.pt"))
-    assert not torch.equal(best, last)  # the collapsed epoch is not the best one
+    assert not torch.equal(best, last)
 
 
 @pytest.mark.parametrize(("name", "value"), [("weights", "inf"), ("loss", "nan")])
@@ -265,13 +273,18 @@ def test_a_reader_that_goes_away_ends_no_epoch(tmp_path):
     assert [row["epoch"] for row in rows(tmp_path)] == [1]
 
 
-def test_a_gpus_random_numbers_are_in_the_checkpoint(monkeypatch):
+def test_a_gpus_random_numbers_are_in_the_checkpoint(cli, tmp_path, monkeypatch):
     state = torch.arange(3)
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state)
     monkeypatch.setattr(torch.mps, "set_rng_state", lambda new: state.copy_(new))
     assert bookkeeping.device_rng("cpu") is None and bookkeeping.device_rng("mps") is state
     bookkeeping.device_rng("mps", torch.ones(3))
     assert state.tolist() == [1, 1, 1]
+    given = []
+    monkeypatch.setattr(bookkeeping, "device_rng", lambda device, state=None: given.append(state) or torch.arange(3))
+    for more in ("", "--resume"):
+        assert cli(train_fgsm, f"{SMALL} --epochs 1 --out {tmp_path} {more}")[0] == 0
+    assert given[0] is None and given[-1].tolist() == [0, 1, 2]
 
 
 def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, refused, finished, tmp_path, monkeypatch):

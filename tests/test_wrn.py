@@ -15,12 +15,15 @@ def test_wrn_28_10_has_the_papers_size_and_depth_is_6n_plus_4():
             WideResNet(depth)
 
 
-def test_the_shortcut_reads_the_activated_input():
-    model = WideResNet(10, 2).eval()
-    block = model.conv2[0]
-    block.conv2.weight.data.zero_()
-    _, h = model(torch.rand(2, 3, 8, 8), return_features=True)
-    torch.testing.assert_close(h["conv2"], block.shortcut(F.relu(block.bn1(h["conv1"]))))
+def test_the_forward_pass_written_out():
+    torch.manual_seed(0)
+    model, x = WideResNet(16, 2).eval(), torch.rand(2, 3, 8, 8)
+    h = model.conv1((x - 0.5) / 0.25)
+    for block in (*model.conv2, *model.conv3, *model.conv4):
+        activated = F.relu(block.bn1(h))  # which the shortcut reads too
+        out = block.conv2(F.relu(block.bn2(block.conv1(activated))))
+        h = out + (h if block.shortcut is None else block.shortcut(activated))
+    torch.testing.assert_close(model(x), model.fc(F.relu(model.bn(h)).mean((2, 3))))
 
 
 def test_initialisation():

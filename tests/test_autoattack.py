@@ -202,11 +202,37 @@ def test_the_projection_is_optimal_by_autograd():
         assert abs(float(reach.detach() - gap)) < 1e-12 and slope > 0  # with any shorter d the plane is out of reach
 
 
+def test_fab_is_its_algorithm_with_torchattacks_projections(loop_of):
+    torch.manual_seed(3)
+    model, x = SmoothNet().double().eval(), torch.rand(6, 3, 6, 6).double()
+    for p in model.parameters():
+        p.data = torch.randn_like(p)
+    model.fc.bias.data -= model(x).detach().mean(0)  # boundaries are near: some steps cross one, some do not
+    y, seen = predict(model, x), set()
+    loop, _ = loop_of(eval_attacks.fab, model, x, y, 0.1, alpha_max=0.5)
+    point = x
+    for _, (tried, _, following) in zip(range(20), loop):
+        z = point.clone().requires_grad_()
+        gap = eval_attacks.margin(model(z), y)
+        here, clean, w = (v.flatten(1) for v in (point, x, torch.autograd.grad(gap.sum(), z)[0]))
+        level = (w * here).sum(1) - gap.detach()  # <w, q> at the linearised boundary
+        d, d_clean = (projection_linf(v, w, level) for v in (here, clean))
+        size, size_clean = (v.abs().amax(1, keepdim=True) for v in (d, d_clean))
+        alpha = (size / (size + size_clean)).clamp(max=0.5)
+        mixed = (1 - alpha) * (here + 1.05 * d) + alpha * (clean + 1.05 * d_clean)
+        torch.testing.assert_close(tried.flatten(1), mixed.clamp(0, 1), atol=1e-5, rtol=0)
+        broken = (predict(model, tried) != y).view(-1, 1, 1, 1)
+        point = torch.where(broken, x + 0.9 * (tried - x), tried)
+        torch.testing.assert_close(following, point)
+        seen |= {*zip(broken.flatten().tolist(), (alpha < 0.45).flatten().tolist())}
+    assert len(seen) >= 3
+
+
 def test_fab_finds_the_nearest_point_of_a_linear_network():
     """By the closed form, an image at distance r breaks at eps = 1.01 r and not at 0.99 r."""
-    model, x = Linear(2), images(50)
+    model, x = Linear(2), images(15)
     y = predict(model, x)
-    for i in range(50):
+    for i in range(15):
         w = (model.w[1 - y[i]] - model.w[y[i]]).detach()
         gap = -(w * x[i].flatten()).sum()
         r = float(eval_attacks.project_to_plane(x[i].view(1, -1), w[None], gap[None]).abs().max())

@@ -17,6 +17,7 @@ NAME.png, NAME.svg and NAME.json (the numbers); results/figures/remake.sh has th
 import argparse
 import json
 import math
+import statistics
 import textwrap
 from pathlib import Path
 
@@ -24,19 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from paper.results import (
-    CONFIG,
-    NUMBER,
-    flags_of,
-    look,
-    mean_std,
-    order,
-    read_json,
-    read_results,
-    robust_under,
-    table,
-    text_of,
-)
+from paper.results import CONFIG, NUMBER, flags_of, look, order, read_json, read_results, robust_under, table, text_of
 from wrn import LAYERS, load_model
 
 # Line, and marker's face (None: the method's colour).
@@ -267,7 +256,7 @@ def series(result, flag):
 
 
 def over_flag(args):
-    """Accuracy over a training flag, all others at their defaults: a point for each seed, a line through the means.
+    """Accuracy over a training flag, all others at their defaults: a point for each seed, a line through the medians.
 
     eps: of training and attack (Fig. 3). eta: SLAT's latent step; the input's is at its default or the same (Fig. 7).
     """
@@ -300,9 +289,9 @@ def over_flag(args):
             points = [(value, accuracy) for value, seeds in zip(values, found) for accuracy in seeds]
             points = zip(*points or [(math.nan, math.nan)])
             axis.plot(*points, marker, color=colour, mfc=face or colour, clip_on=False, zorder=zorder)
-            means = [mean_std(seeds)[0] if seeds else math.nan for seeds in found]
-            if flag != "dropout":  # where one seed of four collapses, the mean is where no run is
-                axis.plot(values, means, linestyle=line, color=colour)  # breaks where nothing was measured
+            # Where one seed of four collapses, the mean is where no run is. Breaks where nothing was measured.
+            medians = [statistics.median(seeds or [math.nan]) for seeds in found]
+            axis.plot(values, medians, linestyle=line, color=colour)
     ticks = sorted({value for by_value in groups.values() for value in by_value})
     axis.set(xlabel=xlabels.get(flag, flag), ylabel="accuracy (%)", xticks=ticks)
     axis.set_ylim(0)

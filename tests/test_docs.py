@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import eval_attacks
 from conftest import SCRIPTS, parsed
 from paper import bench, figures, sweep
-from paper.results import PAPER
+from paper.results import PAPER, mean_std
 
 DOCS = [Path("README.md"), Path("data/README.md"), Path("results/RESULTS.md"), *sorted(Path("docs").glob("*.md"))]
 PAGES = [*DOCS, Path("results/DIARY.md")]
@@ -71,7 +71,7 @@ def test_flags_in_the_text_exist(cli):
 def cell(results):
     """Clean / PGD-50-10 / AutoAttack, mean over results; '-' for an attack that none of them has."""
     columns = zip(*((result["clean"], *figures.robust_under(result)) for result in results))
-    means = [figures.mean_std(column)[0] for column in columns]
+    means = [mean_std(column)[0] for column in columns]
     return " / ".join("-" if mean is None else f"{mean:.1f}" for mean in means) or "not run"
 
 

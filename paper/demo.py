@@ -74,7 +74,7 @@ def main():
     print(f"""
 The FGSM network withstands FGSM, the single step that it was trained on. Under
 PGD, 50 small steps from 10 random starts, nothing is left of its robustness:
-catastrophic overfitting. SLAT's does not collapse, for the same cost of training.
+catastrophic overfitting. SLAT's does not collapse, at nearly the same price.
 ({common.clock(time.perf_counter() - start)} on this machine)""")
 
 

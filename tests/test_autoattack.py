@@ -324,7 +324,7 @@ def test_the_share_that_is_done_reaches_one_at_the_end(trained, precision):
     assert max(shares) == shares[-1] == 1 and shares.count(1) == 1
 
 
-@pytest.mark.parametrize(("precision", "lengths"), [("fp32", [9]), ("bf16", [9, 1])])
+@pytest.mark.parametrize(("precision", "lengths"), [("fp32", [30]), ("bf16", [30, 2])])
 def test_every_survivor_is_attacked_in_full(trained, precision, lengths):
     """Every target class, the highest logit first, in batches of one size; with bf16 a twentieth more, in float32."""
     model, x, y = trained
@@ -332,17 +332,17 @@ def test_every_survivor_is_attacked_in_full(trained, precision, lengths):
 
     def loop(b, best, steps):
         assert torch.is_autocast_enabled("cpu") == (precision == "bf16" and best is None)
-        searches.append((b.x[:, 0, 0, 0].tolist(), b.target.tolist(), steps))
+        searches.append((b.x[:, 0, 0, 0].tolist(), b.target.tolist(), b.seed, steps))
         for _ in range(steps):
             yield b.x, F.one_hot(b.y, 10).float(), b.x
 
-    robust, x_adv = run(model, x, y, EPS, loop, 9, 9, True, batch_size=16, precision=precision, before=(y >= 0, x))
+    robust, x_adv = run(model, x, y, EPS, loop, 30, 9, True, 16, 5, precision, (y >= 0, x))
     left = robust.nonzero().flatten()
     assert torch.equal(x_adv, x) and len(left) > 16 and torch.equal(robust, predict(model, x) == y)
     ranking, expected = model(x).argsort(1, descending=True), []
     for trial in range(9):
         for part in left.split(16):
-            row = x[part, 0, 0, 0].tolist(), ranking[part, trial + 1].tolist()
+            row = x[part, 0, 0, 0].tolist(), ranking[part, trial + 1].tolist(), 5 + trial
             expected += [(*row, length) for length in lengths]
     assert searches == expected
 

@@ -230,9 +230,9 @@ def test_fab_is_its_algorithm_with_torchattacks_projections(loop_of):
 
 def test_fab_finds_the_nearest_point_of_a_linear_network():
     """By the closed form, an image at distance r breaks at eps = 1.01 r and not at 0.99 r."""
-    model, x = Linear(2), images(15)
+    model, x = Linear(2), images(50)
     y = predict(model, x)
-    for i in range(15):
+    for i in range(50):
         w = (model.w[1 - y[i]] - model.w[y[i]]).detach()
         gap = -(w * x[i].flatten()).sum()
         r = float(eval_attacks.project_to_plane(x[i].view(1, -1), w[None], gap[None]).abs().max())

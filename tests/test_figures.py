@@ -338,13 +338,15 @@ def test_a_sweep_skips_what_is_done_and_resumes_what_is_broken(cli, tmp_path):
     assert len(left()) == 5
 
 
+BENCH = "--depth 10 --width 1 --rounds 1 --device cpu --precision fp32"
+
+
 def test_every_contestant_makes_more_steps_than_its_epochs_have(cli, tmp_path):
     """On images of any size; passes are counted."""
     x, y = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4)
     np.savez(tmp_path / "small.npz", train_x=x, train_y=y, test_x=x, test_y=y)
-    flags = "--depth 10 --width 1 --rounds 1 --steps 6 --batch-size 4 --device cpu --precision fp32 --no-memory"
-    flags += f" --dataset {tmp_path / 'small.npz'} --json {tmp_path / 'bench.json'}"
-    assert cli(bench, flags)[::2] == (0, "")
+    flags = f"{BENCH} --steps 6 --batch-size 4 --no-memory --dataset {tmp_path / 'small.npz'}"
+    assert cli(bench, f"{flags} --json {tmp_path / 'bench.json'}")[::2] == (0, "")
     rows = json.loads((tmp_path / "bench.json").read_text())["result"]["steps"]
     assert rows.keys() == {"standard", *SCRIPTS} and rows["standard"]["measured"] == 1
     assert all(row["images_per_second"] > 0 and row["peak_bytes"] is None for row in rows.values())
@@ -355,7 +357,7 @@ def test_every_contestant_makes_more_steps_than_its_epochs_have(cli, tmp_path):
 
 
 def test_peak_memory(cli, tmp_path):
-    flags = "--depth 10 --width 1 --rounds 1 --steps 1 --batch-size 64 --device cpu --precision fp32"
+    flags = f"{BENCH} --steps 1 --batch-size 64"
     assert cli(bench, f"{flags} --only standard,slat --json {tmp_path / 'bench.json'}")[0] == 0
     rows = json.loads((tmp_path / "bench.json").read_text())["result"]["steps"]
     assert 3e7 < rows["standard"]["peak_bytes"] < rows["slat"]["peak_bytes"] < 1.5e8

@@ -269,7 +269,8 @@ def test_a_reader_that_goes_away_ends_no_epoch(tmp_path):
         next(line for line in process.stdout if line.startswith("epoch"))  # the header's last
         process.stdout.close()
         assert process.wait() == 2
-        assert process.stderr.read().endswith("any more (a training run: --resume continues it)\n")
+        message = "nothing reads this output any more (a training run: --resume continues it)\n"
+        assert process.stderr.read().endswith(message)
     assert [row["epoch"] for row in rows(tmp_path)] == [1]
 
 

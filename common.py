@@ -49,6 +49,18 @@ def number(kind, low, high=1e9):
     return convert
 
 
+def names(known):
+    """An argparse type: some of the known names, separated by commas, as a list."""
+
+    def convert(text):
+        for name in text.split(","):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+        return text.split(",")
+
+    return convert
+
+
 def writable(text):
     """An argparse type: the path of a file to be written."""
     folder = Path(text).absolute().parent

@@ -362,6 +362,7 @@ def checked(model, x, y, eps, batch_size=0):
             raise ContractError(f"{name or 'the network'} is in train mode: call model.eval() first")
     x, y = x.detach().clone(memory_format=torch.contiguous_format), y.long().clone()
     few = torch.cat([x[:4], 1 - x[:4]])[: max(batch_size or 8, 2)]  # a single image has company too
+    # Alone goes the last: noise of a fixed seed is the same for whatever comes first.
     company, again, alone = (outputs(model, images, 8) for images in (few, few, few[-1:]))
     if (again - company).abs().max() > 1e-4 * company.abs().max():
         raise ContractError("the network is randomised: two equal passes differ (dropout left on? call eval() first)")
@@ -402,7 +403,6 @@ def check_network(model, x, y, eps, batch_size=0, count=250):
 
 # ---------------------------------------------------------------- command line
 
-import argparse
 import hashlib
 import io
 import json
@@ -421,20 +421,12 @@ def fgsm(model, x, y, eps, **options):
 
 
 ATTACKS = {**AUTOATTACK, "apgd-dlr": functools.partial(apgd, loss="dlr"), "fgsm": fgsm, "pgd": pgd}
-NAMES = ", ".join([*ATTACKS, "autoattack"])
+NAMES = (*ATTACKS, "autoattack")
 
 
 def predict(model, x, batch_size=0):
     """Class indices (N,) of images x (N, C, H, W), as `outputs` computes them."""
     return outputs(model, x, batch_size).argmax(1)
-
-
-def attack_names(text):
-    """An argparse type: names of attacks, separated by commas."""
-    for name in text.split(","):
-        if name not in (*ATTACKS, "autoattack"):
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {NAMES}")
-    return text
 
 
 def parse_args():
@@ -446,8 +438,8 @@ def parse_args():
     network("run", nargs="?", help="run folder (its model.pt), or a model.pt, best.pt or checkpoint.pt")
     network("--model", metavar="FILE:FUNCTION", help="my_net.py:make_model; the file is run: name one that you trust")
     add("--weights", metavar="FILE", help="for --model: a state_dict, or a checkpoint that holds one")
-    names = f"separated by commas, each on all images that the network gets right: {NAMES}"
-    add("--attack", type=attack_names, default="pgd", help=names)
+    attacks = f"separated by commas, each on all images that the network gets right: {', '.join(NAMES)}"
+    add("--attack", type=common.names(NAMES), default="pgd", help=attacks)
     add("--eps", type=number(float, 0, 255), help="l-infinity radius, in 1/255 (default: the run's own, or 8)")
     add("--steps", type=number(int, 1), default=50, help="of PGD")
     add("--restarts", type=number(int, 1), default=10, help="of PGD")
@@ -588,7 +580,7 @@ def evaluate(args):
         return robust, x_adv
 
     labels, parts = [], {}
-    for name in dict.fromkeys(args.attack.split(",")):
+    for name in dict.fromkeys(args.attack):
         labels.append(f"pgd-{args.steps}-{args.restarts}" if name == "pgd" else name)
         if name != "autoattack":
             attack(labels[-1], name)

@@ -130,7 +130,7 @@ def main():
         prog="python -m paper.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, number = parser.add_argument, common.number
-    add("--only", default=",".join(CONTESTANTS), help="contestants, separated by commas (default: all)")
+    add("--only", type=common.names(CONTESTANTS), default=CONTESTANTS, help="separated by commas (default: all)")
     add("--depth", type=int, choices=range(10, 101, 6), metavar="N", default=16, help="6n + 4 (default 16)")
     add("--width", type=number(int, 1), default=2, help="default 2")
     add("--dropout", type=number(float, 0, 0.99), default=0.3, help="default 0.3")
@@ -143,10 +143,6 @@ def main():
     add("--dataset", default="data/cifar10_tiny.npz", help="default data/cifar10_tiny.npz")
     add("--json", type=common.writable, metavar="FILE", help="write the numbers there")
     args = parser.parse_args()
-    args.only = args.only.split(",")
-    for name in args.only:
-        if name not in CONTESTANTS:
-            parser.error(f"argument --only: {name!r} is not one of {', '.join(CONTESTANTS)}")
     args.device = str(common.find_device(args.device))
     if args.precision == "auto":
         args.precision = "bf16" if common.has_bf16(args.device) else "fp32"

@@ -167,9 +167,7 @@ def linearity(args):
 
     For steps s up to eps; below, for shares of the mean of |h_k|, as BatchNorm makes the next layer blind to its scale.
     """
-    names = args.layers.split(",")
-    if not set(names) <= set(LAYERS):
-        common.fail(f"argument --layers: {args.layers!r}: the layers are {', '.join(LAYERS)}")
+    names = args.layers
     size = (3.8 * len(names), 6.4)
     figure, axes = pyplot().subplots(2, len(names), figsize=size, squeeze=False, layout="constrained")
     steps = [torch.linspace(0, top, args.points)[1:] for top in (args.eps, args.share)]
@@ -326,7 +324,7 @@ def main():
         if function is landscape:
             add("--seed", type=number(int, 0, 2**31), default=0, help="of the random direction (default 0)")
         if function is linearity:
-            add("--layers", default="0,conv1,conv2", help="default 0,conv1,conv2")
+            add("--layers", type=common.names(LAYERS), default="0,conv1,conv2", help="default 0,conv1,conv2")
             add("--share", type=number(float, 0), default=5, help="of the mean of |h|, in per cent (default 5)")
     args = parser.parse_args()
     if "device" in args:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import common
-from eval_attacks import attack_names
+from eval_attacks import NAMES
 from paper.results import read_json
 
 METHODS = sorted(path.stem.removeprefix("train_") for path in Path().glob("train_*.py"))
@@ -78,7 +78,7 @@ def done(path, args):
     if not path.exists():
         return False
     result = read_json(path)
-    attacks = {"pgd-50-10" if name == "pgd" else name for name in args.attack.split(",")}
+    attacks = {"pgd-50-10" if name == "pgd" else name for name in args.attack}
     images = result.get("n") == args.n if args.n else "--n" not in result.get("command", "--n")
     precision = result.get("search_precision") == args.search_precision
     return images and precision and attacks <= result.get("attacks", {}).keys()
@@ -113,9 +113,10 @@ def commands(sweep, args):
                 parts.append(train)
             for end in left:
                 network = run / "best.pt" if end else run
-                evaluate = ["python", "eval_attacks.py", network, "--attack", args.attack, "--eps", f"{eps:g}"]
-                evaluate += [*device, "--data-dir", args.data_dir] + (["--n", args.n] if args.n else [])
-                asked = f"{args.attack.replace(',', '-')}_{args.n or 'all'}_{args.search_precision}"
+                evaluate = ["python", "eval_attacks.py", network, "--attack", ",".join(args.attack)]
+                evaluate += ["--eps", f"{eps:g}", *device, "--data-dir", args.data_dir]
+                evaluate += ["--n", args.n] if args.n else []
+                asked = f"{'-'.join(args.attack)}_{args.n or 'all'}_{args.search_precision}"
                 evaluate += ["--search-precision", args.search_precision, "--state", run / f"eval{end}_{asked}.state"]
                 parts.append([*evaluate, "--json", results / f"{name}{end}.json"])
             yield " && ".join(shlex.join(map(str, part)) for part in parts)
@@ -128,28 +129,21 @@ def seeds(text):
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers, separated by commas") from None
 
 
-def methods(text):
-    for method in text.split(","):
-        if method not in METHODS:
-            raise argparse.ArgumentTypeError(f"{method!r} is not one of {', '.join(METHODS)}")
-    return text.split(",")
-
-
 def main():
     parser = common.Parser(
         prog="python -m paper.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, number = parser.add_argument, common.number
+    add, number, names = parser.add_argument, common.number, common.names
     add("sweep", choices=SWEEPS)
     add("--seeds", type=seeds, default=[0], help="separated by commas (default 0)")
-    add("--only", type=methods, default=METHODS, metavar="METHODS", help="these methods, separated by commas")
+    add("--only", type=names(METHODS), default=METHODS, metavar="METHODS", help="these methods, separated by commas")
     add("--small", action="store_true", help="for a CPU: WRN-10-2, 8 epochs, evaluation on 1,000 images")
     add("--depth", type=number(int, 10), help="default 28, with --small 10")
     add("--width", type=number(int, 1), help="default 10, with --small 2")
     add("--epochs", type=number(int, 1), help="default 30, with --small 8; Free-AT and YOPO proportionally fewer")
     add("--eps", type=number(float, 0, 255), default=8, help="in 1/255 (default 8); eps and eps16 have their own")
     add("--n", type=number(int, 1), help="test images that are attacked (default all, with --small 1000)")
-    add("--attack", type=attack_names, default="pgd,autoattack", help="for eval_attacks.py (default pgd,autoattack)")
+    add("--attack", type=names(NAMES), default="pgd,autoattack", help="for eval_attacks.py (default pgd,autoattack)")
     add("--best", action="store_true", help="evaluate best.pt too, the early-stopped network: NAME_best.json")
     add("--search-precision", choices=("fp32", "bf16"), default="bf16", help="for eval_attacks.py (default bf16)")
     add("--device", help="of training and evaluation: auto, cpu, cuda, cuda:1, mps (default: their own)")

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common import StatusLine, autocast, clock, fail, versions, write_file, write_torch
+from common import autocast
+from console import StatusLine, clock, fail, load_file, versions, write_file, write_torch
 from eval_attacks import ContractError, ascend, cross_entropy, percent, pgd
-from wrn import load_file
 
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "best.pt")
 FREE_FLAGS = ("device", "data_dir", "out", "not_default")  # may differ between a run and its resumption

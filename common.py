@@ -1,72 +1,16 @@
-"""What every train_*.py shares and its reader may want to look up: flags, device, data, learning rate; then files."""
+"""All that touches training besides the script and the network: flags, device, precision, data, learning rate."""
 
 import argparse
-import contextlib
-import datetime
-import io
 import os
-import platform
 import re
-import shlex
-import sys
-import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from console import CPUINFO, Help, Parser, fail, note, number
 from wrn import layout
-
-CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but neither (default: None) nor (default: False)."""
-
-    def _get_help_string(self, action):
-        hidden = action.default is None or action.default is False
-        return action.help if hidden else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
-
-    def error(self, message):
-        fail(message)
-
-
-def number(kind, low, high=1e9):
-    """An argparse type: an int or a float (kind) in [low, high]."""
-
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {low:g} to {high:g}")
-        return value
-
-    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's "invalid number value: 'eight'"
-    return convert
-
-
-def names(known):
-    """An argparse type: some of the known names, separated by commas, as a list."""
-
-    def convert(text):
-        for name in text.split(","):
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
-        return text.split(",")
-
-    return convert
-
-
-def writable(text):
-    """An argparse type: the path of a file to be written."""
-    folder = Path(text).absolute().parent
-    if Path(text).is_dir() or not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"cannot write {text!r}: it is a folder, or there is no folder {folder}")
-    return text
 
 
 def make_parser(doc):
@@ -146,20 +90,6 @@ def has_bf16(device):
 def autocast(args):
     """bfloat16 has the exponents of float32: no gradient underflows that would not there, so no loss is scaled."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-def versions(device):
-    """What a number depends on besides its flags."""
-    name = re.search(r"model name\s*: (.*)", CPUINFO)
-    cpu = f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
-    return {
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "device": str(device),
-        "hardware": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else cpu,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
 
 
 class Data:
@@ -262,81 +192,3 @@ def cyclic(progress, lr_max, momentum_cycle=True):
     """
     height = progress / 0.4 if progress < 0.4 else (1 - progress) / 0.6
     return lr_max * height, 0.9 - 0.1 * height * momentum_cycle
-
-
-def clock(seconds):
-    """1:02:03, or 9 days, 1:02:03."""
-    return str(datetime.timedelta(seconds=int(seconds)))
-
-
-class StatusLine:
-    """A line on stderr that redraws itself on a terminal; in a file, a plain line every 20 seconds."""
-
-    def __init__(self):
-        self.terminal, self.last = sys.stderr.isatty(), time.monotonic()
-
-    def due(self):
-        """Is it time to show something? Ask before the numbers are fetched: that makes the host wait for a GPU."""
-        return time.monotonic() - self.last >= (0.5 if self.terminal else 20)
-
-    def show(self, text):
-        if self.due():
-            self.last = time.monotonic()
-            line = f"\r\033[K\033[?7l{text}\033[?7h" if self.terminal else f"{text}\n"  # ?7l: cut, not wrapped
-            print(line, end="", file=sys.stderr, flush=True)
-
-    def clear(self):
-        print("\r\033[K" * self.terminal, end="", file=sys.stderr, flush=True)
-
-
-def write_file(path, content):
-    """Write bytes or text to a new file next to path, then move it there: path is whole at every moment."""
-    new = Path(f"{path}.new")
-    try:
-        with open(new, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        with contextlib.suppress(OSError):  # a read-only folder refuses even this
-            new.unlink(missing_ok=True)
-
-
-def write_torch(path, state):
-    buffer = io.BytesIO()  # through memory: on a full disk torch.save fails in C++, not with an OSError
-    torch.save(state, buffer)
-    write_file(path, buffer.getbuffer())
-
-
-def note(message, kind="note"):
-    """Something to know, in one line on stderr."""
-    line = str(message).strip().split("\n")[0]
-    print("\r\033[K" * sys.stderr.isatty() + f"{kind}: {line}", file=sys.stderr)  # over a status line
-
-
-def fail(message, code=2):
-    """End the program with one line on stderr. code: 2 if the user can fix it, 1 if a run failed."""
-    sys.stdout.flush()
-    note(message, f"{Path(sys.argv[0]).name}: error")
-    sys.exit(code)
-
-
-def launch(main):
-    """Run main(); what a user can cause ends in one line, not in a traceback."""
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; Python would try to write the rest as it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        fail("nothing reads this output any more (a training run: --resume continues it)")
-    except OSError as error:
-        fail(f"{error.strerror or error}: {error.filename}" if error.filename else error)
-    except RuntimeError as error:
-        if not re.search("out of memory|not enough memory|allocate memory", str(error)):
-            raise
-        fail("out of memory: give a smaller --batch-size (a training run: or --width or --depth)", 1)
-    except KeyboardInterrupt:
-        fail("interrupted (a training run: --resume continues it)", 130)

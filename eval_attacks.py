@@ -412,6 +412,13 @@ import sys
 import time
 from pathlib import Path
 
+with contextlib.suppress(ModuleNotFoundError):  # who copies this file for its attacks needs none of them
+    import numpy as np
+
+    import common
+    import console
+    from wrn import WideResNet, layout
+
 AUTOATTACK = {"apgd-ce": apgd, "apgd-t": functools.partial(apgd, loss="dlr-targeted"), "fab-t": fab, "square": square}
 
 
@@ -430,16 +437,14 @@ def predict(model, x, batch_size=0):
 
 
 def parse_args():
-    import common
-
-    parser = common.Parser(description=__doc__.split("\n")[0], formatter_class=common.Help)
+    parser = console.Parser(description=__doc__.split("\n")[0], formatter_class=console.Help)
     network, add = parser.add_mutually_exclusive_group(required=True).add_argument, parser.add_argument
-    number, file = common.number, common.writable
+    number, file = console.number, console.given
     network("run", nargs="?", help="run folder (its model.pt), or a model.pt, best.pt or checkpoint.pt")
     network("--model", metavar="FILE:FUNCTION", help="my_net.py:make_model; the file is run: name one that you trust")
     add("--weights", metavar="FILE", help="for --model: a state_dict, or a checkpoint that holds one")
     attacks = f"separated by commas, each on all images that the network gets right: {', '.join(NAMES)}"
-    add("--attack", type=common.names(NAMES), default="pgd", help=attacks)
+    add("--attack", type=console.names(NAMES), default="pgd", help=attacks)
     add("--eps", type=number(float, 0, 255), help="l-infinity radius, in 1/255 (default: the run's own, or 8)")
     add("--steps", type=number(int, 1), default=50, help="of PGD")
     add("--restarts", type=number(int, 1), default=10, help="of PGD")
@@ -461,7 +466,7 @@ def parse_args():
     args.eps = args.training.get("eps", 8.0) if args.eps is None else args.eps
     args.dataset = args.dataset or args.training.get("dataset")
     if 0 < args.eps < 1:
-        common.note(f"--eps {args.eps:g} is in units of 1/255")
+        console.note(f"--eps {args.eps:g} is in units of 1/255")
     args.device = common.find_device(args.device)
     return args
 
@@ -480,23 +485,39 @@ def training_of(run):
         raise ContractError(f"{path} is damaged") from None
 
 
+def load_model(path, device="cpu"):
+    """The network of a run folder (its model.pt) or one of its .pt files, in eval mode; OSError as load_file."""
+    path = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
+    checkpoint = path.with_name("checkpoint.pt")
+    if path.name == "model.pt" and not path.exists() and checkpoint.exists():
+        raise OSError(f"{path.parent} is not finished: name {checkpoint} to load it as it stands")
+    content = console.load_file(path)
+    arguments, weights = content.get("arguments"), content.get("state_dict")
+    try:
+        if not isinstance(arguments, dict) or not isinstance(weights, dict):
+            raise ValueError("no arguments or no state_dict")
+        model = WideResNet(**arguments)
+        model.load_state_dict(weights)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise OSError(f"{path} does not hold a WideResNet: {' '.join(str(error).split())[:200]}") from None
+    return model.to(device, memory_format=layout(device)).eval()
+
+
 def load_network(args):
     """The network that the flags name, in eval mode on its device."""
-    import common
-    from wrn import load_file, load_model
 
     if args.run:
         return load_model(args.run, args.device).requires_grad_(False)  # less memory
     file, _, function = args.model.rpartition(":")
     if not Path(file).is_file():
-        common.fail(f"--model {args.model}: there is no file {file!r}; it wants FILE:FUNCTION, my_net.py:make_model")
-    weights = args.weights and load_file(args.weights)
-    ours = {name: sys.modules.pop(name) for name in ("common", "wrn")}  # the file may import its own
+        console.fail(f"--model {args.model}: there is no file {file!r}; it wants FILE:FUNCTION, my_net.py:make_model")
+    weights = args.weights and console.load_file(args.weights)
+    ours = {name: sys.modules.pop(name) for name in ("common", "console", "wrn")}  # the file may import its own
     sys.path.insert(0, str(Path(file).absolute().parent))
     try:
         names = runpy.run_path(file)
         if function not in names:
-            common.fail(f"--model {args.model}: there is no {function!r} in {file}")
+            console.fail(f"--model {args.model}: there is no {function!r} in {file}")
         model = names[function]()
     except OSError as error:  # of the user's code, so not one line
         raise RuntimeError(f"--model {args.model}") from error
@@ -521,8 +542,6 @@ def load_weights(model, content, path):
 
 def load_state(args, model, x, y):
     """What finished attacks left in the --state file, or the state of an evaluation that begins."""
-    from wrn import load_file
-
     content = hashlib.sha256(Path(args.model.rpartition(":")[0]).read_bytes() if args.model else b"")
     for tensor in filter(torch.is_tensor, (*model.state_dict().values(), x, y)):
         content.update(tensor.cpu().flatten().contiguous().numpy().tobytes())
@@ -531,7 +550,7 @@ def load_state(args, model, x, y):
     settings |= {flag: getattr(args, flag) for flag in flags}
     if not args.state or not Path(args.state).exists():
         return {"settings": settings, "masks": {}, "seconds": {}, "x_adv": x.clone()}
-    state = load_file(args.state)
+    state = console.load_file(args.state)
     for key, value in settings.items():
         before = state.get("settings", {}).get(key)
         if before != value:
@@ -543,11 +562,9 @@ def load_state(args, model, x, y):
 
 def evaluate(args):
     """Run the attacks that the flags name, write the files, print a table."""
-    import common
-
     model, eps = load_network(args), args.eps / 255
     if not args.dataset:
-        common.fail("give --dataset: cifar10, cifar100 or an .npz (no config.json of a run names one)")
+        console.fail("give --dataset: cifar10, cifar100 or an .npz (no config.json of a run names one)")
     data = common.Data(args.dataset, args.data_dir, args.device, ("test",))
     x, y = data.test(args.n)
     state = load_state(args, model, x, y)
@@ -563,11 +580,11 @@ def evaluate(args):
         """(unbroken images, adversarial images), as `before` is; from the state, if the attack is finished there."""
         if label in masks:
             return masks[label], x_adv
-        line, start = common.StatusLine(), time.perf_counter()
+        line, start = console.StatusLine(), time.perf_counter()
 
         def report(share, robust):
             if line.due():
-                left = common.clock((time.perf_counter() - start) * (1 - share) / share)
+                left = console.clock((time.perf_counter() - start) * (1 - share) / share)
                 line.show(f"{label}: {int(robust.sum()):,} of {len(robust):,} unbroken, at most {left} left")
 
         own = of_pgd if name == "pgd" else {}
@@ -575,7 +592,7 @@ def evaluate(args):
         new = torch.stack([~robust, *masks.values()]).all(0)
         x_adv[new], masks[label], seconds[label] = found[new], robust, time.perf_counter() - start
         if args.state:
-            common.write_torch(args.state, state)
+            console.write_torch(args.state, state)
         line.clear()
         return robust, x_adv
 
@@ -599,16 +616,14 @@ def evaluate(args):
         result |= {"autoattack_parts": parts, "n": len(y), "eps": args.eps, "warnings": doubts}
         result |= {"seconds": sum(seconds[label] for label in accuracy), "dataset": data.name, "seed": args.seed}
         result |= {"seconds_per_attack": {label: seconds[label] for label in labels}}
-        result |= {"search_precision": args.search_precision, **common.versions(args.device)}
+        result |= {"search_precision": args.search_precision, **console.versions(args.device)}
         result["training"] = args.training if args.run else None
-        common.write_file(args.json, json.dumps(result, indent=1) + "\n")
+        console.write_file(args.json, json.dumps(result, indent=1) + "\n")
     if args.save_adv:
-        import numpy as np
-
         verdict = is_adversarial(model, x, x_adv, y, eps, args.batch_size)
         arrays, file = {"x": x_adv.permute(0, 2, 3, 1), "y": y, "adversarial": verdict}, io.BytesIO()
         np.savez_compressed(file, **{key: value.cpu().numpy() for key, value in arrays.items()}, eps=args.eps)
-        common.write_file(args.save_adv, file.getbuffer())
+        console.write_file(args.save_adv, file.getbuffer())
     # Only now, so that a reader of stdout that has gone away costs nothing.
     print(f"network  {args.run or args.model}, {args.device}, search in {args.search_precision}, verdicts in fp32")
     print(f"images   first {len(y):,} test images of {data.name}, eps {args.eps:g}/255")
@@ -624,19 +639,15 @@ def evaluate(args):
 
 
 def main():
-    import common
-
     args = SimpleNamespace(state=None)
     try:
         args = parse_args()
         evaluate(args)
     except ContractError as error:
-        common.fail(error)
+        console.fail(error)
     except KeyboardInterrupt:
-        common.fail("interrupted" + f": the same command goes on from {args.state}" * bool(args.state), 130)
+        console.fail("interrupted" + f": the same command goes on from {args.state}" * bool(args.state), 130)
 
 
 if __name__ == "__main__":
-    import common
-
-    common.launch(main)
+    console.launch(main)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
+from console import launch, number
 from wrn import WideResNet, layout
 
 
@@ -55,8 +56,8 @@ def parse_args():
     parser = common.make_parser(__doc__)
     parser.set_defaults(dropout=0.0)
     parser.add_argument("--constant", action="store_true", help="ELLE: lambda stays as it is, 1000 to 10000 by eps")
-    parser.add_argument("--elle-lambda", type=common.number(float, 0), help="lambda, or its peak (default: 4000)")
-    parser.add_argument("--decay", type=common.number(float, 0, 1), default=0.99, help="of ELLE-A's lambda, a batch")
+    parser.add_argument("--elle-lambda", type=number(float, 0), help="lambda, or its peak (default: 4000)")
+    parser.add_argument("--decay", type=number(float, 0, 1), default=0.99, help="of ELLE-A's lambda, a batch")
     args = common.parse(parser)
     if args.elle_lambda is None:
         by_eps = 1000.0 if args.eps < 9 else 5000.0 if args.eps <= 20 else 10000.0
@@ -96,4 +97,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
+from console import launch, number
 from wrn import WideResNet, layout
 
 
@@ -51,8 +52,8 @@ def fgsm_ckpt(model, x, y, eps, alpha, checkpoints):
 
 def parse_args():
     parser = common.make_parser(__doc__)
-    parser.add_argument("--alpha", type=common.number(float, 0, 4), default=1.25, help="step size, in multiples of eps")
-    parser.add_argument("--checkpoints", type=common.number(int, 1), default=3, help="c, how many steps to choose from")
+    parser.add_argument("--alpha", type=number(float, 0, 4), default=1.25, help="step size, in multiples of eps")
+    parser.add_argument("--checkpoints", type=number(int, 1), default=3, help="c, how many steps to choose from")
     return common.parse(parser)
 
 
@@ -85,4 +86,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

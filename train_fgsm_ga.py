@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
+from console import launch, number
 from wrn import WideResNet, layout
 
 
@@ -41,9 +42,9 @@ def fgsm_ga(model, x, y, eps, alpha):
 
 def parse_args():
     parser = common.make_parser(__doc__)
-    parser.add_argument("--alpha", type=common.number(float, 0, 4), default=1.0, help="step size, in multiples of eps")
+    parser.add_argument("--alpha", type=number(float, 0, 4), default=1.0, help="step size, in multiples of eps")
     weight = "weight of the misalignment (default: 0.02 * 10^(eps / 8), its authors' for CIFAR-10)"
-    parser.add_argument("--ga-lambda", type=common.number(float, 0), help=weight)
+    parser.add_argument("--ga-lambda", type=number(float, 0), help=weight)
     args = common.parse(parser)
     if args.ga_lambda is None:
         args.ga_lambda = 0.02 * 10 ** (args.eps / 8)
@@ -79,4 +80,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

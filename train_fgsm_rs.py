@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
+from console import launch, number
 from wrn import WideResNet, layout
 
 
@@ -31,7 +32,7 @@ def fgsm_rs(model, x, y, eps, alpha):
 
 def parse_args():
     parser = common.make_parser(__doc__)
-    parser.add_argument("--alpha", type=common.number(float, 0, 4), default=1.25, help="step size, in multiples of eps")
+    parser.add_argument("--alpha", type=number(float, 0, 4), default=1.25, help="step size, in multiples of eps")
     return common.parse(parser)
 
 
@@ -64,4 +65,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

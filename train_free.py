@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
+from console import launch, number
 from wrn import WideResNet, layout
 
 
@@ -30,7 +31,7 @@ def free(x, x_adv, gradient, eps):
 def parse_args():
     parser = common.make_parser(__doc__)
     parser.set_defaults(epochs=9)
-    parser.add_argument("--replays", type=common.number(int, 1), default=8, help="m, steps on each batch")
+    parser.add_argument("--replays", type=number(int, 1), default=8, help="m, steps on each batch")
     return common.parse(parser)
 
 
@@ -66,4 +67,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
+from console import launch, number
 from wrn import WideResNet, layout
 
 
@@ -48,12 +49,12 @@ def n_aaer(model, x, y, alpha, noise, lambda_1, lambda_2, lambda_3, loss_gradien
 
 def parse_args():
     parser = common.make_parser(__doc__)
-    parser.add_argument("--alpha", type=common.number(float, 0, 4), default=1.0, help="step size, in multiples of eps")
-    parser.add_argument("--noise", type=common.number(float, 0), default=2.0, help="start noise, in multiples of eps")
-    parser.add_argument("--lambda-1", type=common.number(float, 0), default=1.0, help="weight of the penalty")
+    parser.add_argument("--alpha", type=number(float, 0, 4), default=1.0, help="step size, in multiples of eps")
+    parser.add_argument("--noise", type=number(float, 0), default=2.0, help="start noise, in multiples of eps")
+    parser.add_argument("--lambda-1", type=number(float, 0), default=1.0, help="weight of the penalty")
     default = "(default: its authors' at the nearest eps)"
-    parser.add_argument("--lambda-2", type=common.number(float, 0), help=f"of the losses' change {default}")
-    parser.add_argument("--lambda-3", type=common.number(float, 0), help=f"of the logits' change {default}")
+    parser.add_argument("--lambda-2", type=number(float, 0), help=f"of the losses' change {default}")
+    parser.add_argument("--lambda-3", type=number(float, 0), help=f"of the logits' change {default}")
     parser.add_argument("--loss-gradient", action="store_true", help="the lambda_2 term has one, as in the paper")
     args = common.parse(parser)
     table = {8: (1.5, 0.15), 12: (5.0, 0.55), 16: (8.5, 1.5), 32: (2.75, 0.75)}
@@ -95,4 +96,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
+from console import launch, number
 from wrn import WideResNet, layout
 
 
@@ -31,8 +32,8 @@ def n_fgsm(model, x, y, alpha, noise):
 
 def parse_args():
     parser = common.make_parser(__doc__)
-    parser.add_argument("--alpha", type=common.number(float, 0, 4), default=1.0, help="step size, in multiples of eps")
-    parser.add_argument("--noise", type=common.number(float, 0), default=2.0, help="start noise, in multiples of eps")
+    parser.add_argument("--alpha", type=number(float, 0, 4), default=1.0, help="step size, in multiples of eps")
+    parser.add_argument("--noise", type=number(float, 0), default=2.0, help="start noise, in multiples of eps")
     return common.parse(parser)
 
 
@@ -65,4 +66,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

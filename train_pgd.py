@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
+from console import launch, number
 from wrn import WideResNet, layout
 
 
@@ -37,8 +38,8 @@ def pgd(model, x, y, eps, alpha, steps, init="zero"):
 
 def parse_args():
     parser = common.make_parser(__doc__)
-    parser.add_argument("--alpha", type=common.number(float, 0, 1), default=0.25, help="step size, in multiples of eps")
-    parser.add_argument("--steps", type=common.number(int, 1), default=7, help="PGD steps")
+    parser.add_argument("--alpha", type=number(float, 0, 1), default=0.25, help="step size, in multiples of eps")
+    parser.add_argument("--steps", type=number(int, 1), default=7, help="PGD steps")
     parser.add_argument("--init", choices=("zero", "uniform"), default="zero", help="where the first step starts")
     return common.parse(parser)
 
@@ -72,4 +73,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
+from console import launch, number
 from wrn import LAYERS, WideResNet, layout
 
 
@@ -53,8 +54,8 @@ def slat(model, x, y, eps, layers, eta, input_step, latent_clamp=True, init="zer
 def parse_args():
     parser = common.make_parser(__doc__)
     parser.add_argument("--layers", default="0,conv1,conv2", help=f"what to perturb, of {','.join(LAYERS)}")
-    parser.add_argument("--eta", type=common.number(float, 0), default=1.0, help="latent step, in multiples of eps")
-    parser.add_argument("--input-step", type=common.number(float, 0), default=0.9, help="input step, likewise")
+    parser.add_argument("--eta", type=number(float, 0), default=1.0, help="latent step, in multiples of eps")
+    parser.add_argument("--input-step", type=number(float, 0), default=0.9, help="input step, likewise")
     parser.add_argument("--latent-clamp", action=argparse.BooleanOptionalAction, default=True, help="clip h + delta")
     parser.add_argument("--init", choices=("zero", "uniform"), default="zero", help="where gradients are taken")
     args = common.parse(parser)
@@ -95,4 +96,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
+from console import launch, number
 from wrn import WideResNet, layout
 
 
@@ -46,9 +47,9 @@ def yopo(model, x, y, eps, alpha, outer, inner):
 def parse_args():
     parser = common.make_parser(__doc__)
     parser.set_defaults(epochs=7)
-    parser.add_argument("--alpha", type=common.number(float, 0, 1), default=0.25, help="step size, in multiples of eps")
-    parser.add_argument("--outer", type=common.number(int, 1), default=5, help="m, full passes a batch")
-    parser.add_argument("--inner", type=common.number(int, 1), default=3, help="n, first-layer steps a pass")
+    parser.add_argument("--alpha", type=number(float, 0, 1), default=0.25, help="step size, in multiples of eps")
+    parser.add_argument("--outer", type=number(int, 1), default=5, help="m, full passes a batch")
+    parser.add_argument("--inner", type=number(int, 1), default=3, help="n, first-layer steps a pass")
     return common.parse(parser)
 
 
@@ -78,4 +79,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

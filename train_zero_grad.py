@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
+from console import launch, number
 from wrn import WideResNet, layout
 
 
@@ -35,9 +36,9 @@ def zero_grad(model, x, y, eps, alpha, q):
 
 def parse_args():
     parser = common.make_parser(__doc__)
-    parser.add_argument("--alpha", type=common.number(float, 0, 4), default=2.0, help="step size, in multiples of eps")
+    parser.add_argument("--alpha", type=number(float, 0, 4), default=2.0, help="step size, in multiples of eps")
     share = "share of components set to zero (default: 0.35; cifar100: 0.45)"
-    parser.add_argument("--q", type=common.number(float, 0, 1), help=share)
+    parser.add_argument("--q", type=number(float, 0, 1), help=share)
     args = common.parse(parser)
     if args.q is None:
         args.q = 0.45 if args.dataset == "cifar100" else 0.35
@@ -73,4 +74,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

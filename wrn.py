@@ -8,10 +8,6 @@ Names: "0" the input, "conv1" the stem convolution, "conv2", "conv3", "conv4" th
 group. Normalisation is the first thing inside the network, so everything outside is in [0, 1].
 """
 
-import re
-import zipfile
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -122,38 +118,3 @@ def dropout(x, p):
 def layout(device):
     """channels_last, but contiguous on MPS, whose BatchNorm gradients it has made wrong (pytorch/pytorch#175189)."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
-
-
-def load_file(path):
-    """The dictionary in a file that any version of torch.save wrote, on the CPU; OSError of one line otherwise."""
-    if not Path(path).is_file():
-        raise OSError(f"no file {path}")
-    reason = "is damaged, or holds no dictionary written by torch.save"
-    try:
-        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # checksums, which torch ignores
-        content = damaged or torch.load(path, map_location="cpu", weights_only=True)  # which cannot run code
-        if isinstance(content, dict):
-            return content
-    except Exception as error:  # pickle, zip and torch each raise their own for a damaged file
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            remedy = "save the weights by themselves, torch.save(model.state_dict(), FILE)"
-            reason = f"holds {code[1]}, code that is not run: {remedy}"
-    raise OSError(f"{path} {reason}")
-
-
-def load_model(path, device="cpu"):
-    """The network of a run folder (its model.pt) or one of its .pt files, in eval mode; OSError as load_file."""
-    path = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
-    checkpoint = path.with_name("checkpoint.pt")
-    if path.name == "model.pt" and not path.exists() and checkpoint.exists():
-        raise OSError(f"{path.parent} is not finished: name {checkpoint} to load it as it stands")
-    content = load_file(path)
-    arguments, weights = content.get("arguments"), content.get("state_dict")
-    try:
-        if not isinstance(arguments, dict) or not isinstance(weights, dict):
-            raise ValueError("no arguments or no state_dict")
-        model = WideResNet(**arguments)
-        model.load_state_dict(weights)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise OSError(f"{path} does not hold a WideResNet: {' '.join(str(error).split())[:200]}") from None
-    return model.to(device, memory_format=layout(device)).eval()

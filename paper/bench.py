@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import common
+import console
 from bookkeeping import Run
 from paper.sweep import METHODS, load
 
@@ -126,11 +127,11 @@ def quartiles(values):
 
 
 def main():
-    parser = common.Parser(
+    parser = console.Parser(
         prog="python -m paper.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, number = parser.add_argument, common.number
-    add("--only", type=common.names(CONTESTANTS), default=CONTESTANTS, help="separated by commas (default: all)")
+    add, number = parser.add_argument, console.number
+    add("--only", type=console.names(CONTESTANTS), default=CONTESTANTS, help="separated by commas (default: all)")
     add("--depth", type=int, choices=range(10, 101, 6), metavar="N", default=16, help="6n + 4 (default 16)")
     add("--width", type=number(int, 1), default=2, help="default 2")
     add("--dropout", type=number(float, 0, 0.99), default=0.3, help="default 0.3")
@@ -141,12 +142,12 @@ def main():
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dataset", default="data/cifar10_tiny.npz", help="default data/cifar10_tiny.npz")
-    add("--json", type=common.writable, metavar="FILE", help="write the numbers there")
+    add("--json", type=console.given, metavar="FILE", help="write the numbers there")
     args = parser.parse_args()
     args.device = str(common.find_device(args.device))
     if args.precision == "auto":
         args.precision = "bf16" if common.has_bf16(args.device) else "fp32"
-    facts = common.versions(args.device) | {"command": shlex.join(["python", "-m", "paper.bench", *sys.argv[1:]])}
+    facts = console.versions(args.device) | {"command": shlex.join(["python", "-m", "paper.bench", *sys.argv[1:]])}
     network = f"WRN-{args.depth}-{args.width}, batch {args.batch_size}, {args.precision}"
     print(f"{network}, {facts['hardware']}, torch {facts['torch']}", flush=True)
 
@@ -171,8 +172,8 @@ def main():
     if args.json:
         result = {"rounds": args.rounds, "base": base, "steps": rows}
         flags = {key: value for key, value in vars(args).items() if key != "json"}
-        common.write_file(args.json, json.dumps({"flags": flags, **facts, "result": result}, indent=1) + "\n")
+        console.write_file(args.json, json.dumps({"flags": flags, **facts, "result": result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    console.launch(main)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torchvision.utils import save_image
 
 import common
-from eval_attacks import fgsm, percent, pgd, predict
-from wrn import load_model
+import console
+from eval_attacks import fgsm, load_model, percent, pgd, predict
 
 RUNS = Path(__file__).parent.parent / "results/cpu/runs"
 DATA = Path(__file__).parent.parent / "data/cifar10_tiny.npz"
@@ -31,7 +31,7 @@ def picture(run):
     data, model = common.Data(str(DATA), None, "cpu", ("test",)), load_model(run)
     (x, labels), classes = data.test(len(y)), data.classes
     if y.tolist() != labels.tolist():
-        common.fail(f"{run}/adv.npz is not of the images in {DATA.name}")
+        console.fail(f"{run}/adv.npz is not of the images in {DATA.name}")
     shown = (broken & (predict(model, x).numpy() == y)).nonzero()[0][:10]
     x, x_adv = x[shown], x_adv[shown]
     change = F.avg_pool2d((x_adv - x).mean(1, keepdim=True), 3, stride=1, padding=1)
@@ -45,7 +45,7 @@ def picture(run):
 
 
 def main():
-    parser = common.Parser(prog="python -m paper.demo", description=__doc__.split("\n")[0])
+    parser = console.Parser(prog="python -m paper.demo", description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path, help="draw what eval_attacks.py --save-adv RUN/adv.npz found")
     args = parser.parse_args()
     if args.run:
@@ -56,7 +56,7 @@ def main():
     print("Two networks that ship with the project. Both were trained on all of CIFAR-10 to")
     print(f"withstand eps {EPS}/255, one with FGSM, one with SLAT. Accuracy on {N} images, %:\n")
     print(f"{'trained with':<16}{'clean':>9}{'under FGSM':>14}{'under PGD-50-10':>18}", flush=True)
-    line = common.StatusLine()
+    line = console.StatusLine()
     for method in ("fgsm", "slat"):
         run = RUNS / f"{method}_wrn10-2_epochs8_eps{EPS}_seed0"
         assert json.loads((run / "config.json").read_text())["eps"] == EPS
@@ -75,8 +75,8 @@ def main():
 The FGSM network withstands FGSM, the single step that it was trained on. Under
 PGD, 50 small steps from 10 random starts, nothing is left of its robustness:
 catastrophic overfitting. SLAT's does not collapse, at nearly the same price.
-({common.clock(time.perf_counter() - start)} on this machine)""")
+({console.clock(time.perf_counter() - start)} on this machine)""")
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    console.launch(main)

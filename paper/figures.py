@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 
 import common
+import console
+from eval_attacks import load_model
 from paper.results import CONFIG, NUMBER, flags_of, look, order, read_json, read_results, robust_under, table, text_of
-from wrn import LAYERS, load_model
+from wrn import LAYERS
 
 # Line, and marker's face (None: the method's colour).
 ACCURACIES = {"clean": (":", None), "PGD-50-10": ("-", None), "AutoAttack": ("none", "white")}
@@ -38,7 +40,7 @@ def pyplot():
     try:
         import matplotlib
     except ModuleNotFoundError:
-        common.fail("pictures need matplotlib: pip install matplotlib")
+        console.fail("pictures need matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -51,7 +53,7 @@ def pyplot():
 
 def write(name, figure, numbers):
     """NAME.json, NAME.png, NAME.svg."""
-    common.write_file(f"{name}.json", json.dumps(numbers, indent=1) + "\n")
+    console.write_file(f"{name}.json", json.dumps(numbers, indent=1) + "\n")
     for end in ("png", "svg"):
         figure.savefig(f"{name}.{end}", dpi=150, metadata={"Date": None} if end == "svg" else None)
     print(f"wrote {name}.png, {name}.svg, {name}.json")
@@ -93,7 +95,7 @@ def networks(args):
         model, dataset = load_model(run, args.device), args.dataset or config["dataset"]
         x, y = common.Data(dataset, args.data_dir, args.device, ("test",)).test(args.n)
         if y.max() >= model.arguments["num_classes"]:
-            common.fail(f"{dataset} has more than the {model.arguments['num_classes']} classes of {run}")
+            console.fail(f"{dataset} has more than the {model.arguments['num_classes']} classes of {run}")
         yield label, style, model.requires_grad_(False), x, y
 
 
@@ -214,7 +216,7 @@ def over_epochs(args):
     for run, config, (label, style) in zip(args.runs, configs, legends(args.runs, configs)):
         rows = read_json(Path(run) / "metrics.jsonl", dict.fromkeys(["epoch", "train_pgd10", *keys], NUMBER))
         if not rows:
-            common.fail(f"{run}/metrics.jsonl is empty: no epoch has ended")
+            console.fail(f"{run}/metrics.jsonl is empty: no epoch has ended")
         # Free-AT and YOPO take fewer epochs than the others; then, as a fraction of all.
         where = [row["epoch"] / (config["epochs"] if len(lengths) > 1 else 1) for row in rows]
         best = max(range(len(rows)), key=lambda i: rows[i]["train_pgd10"])  # where bookkeeping.Run wrote best.pt
@@ -268,10 +270,10 @@ def over_flag(args):
             kinds.setdefault("", set()).add(kind + (f" at eps {result['eps']:g}" if flag != "eps" else ""))
             kinds.setdefault(who, set()).add(f"{who[0]} after {config['epochs']} epochs")
     if not groups:
-        common.fail(f"none of these networks was trained with --{flag} and the other flags at their defaults")
+        console.fail(f"none of these networks was trained with --{flag} and the other flags at their defaults")
     for found in kinds.values():
         if len(found) > 1:
-            common.fail(f"the results differ in more than {flag}: {', '.join(sorted(found))}; give those of one kind")
+            console.fail(f"the results differ in more than {flag}: {', '.join(sorted(found))}; give those of one kind")
     figure, axis = plt.subplots(figsize=(7, max(4, 0.28 * len(groups) + 1.2)), layout="constrained")
     numbers, xlabels = {}, {"eps": "eps of training and attack (1/255)", "eta": "eta (multiples of eps)"}
     for (_, (label, colour, marker)), by_value in sorted(groups.items()):
@@ -304,15 +306,15 @@ COMMANDS |= {"linearity": linearity, "eps": over_flag, "eta": over_flag, "dropou
 
 
 def main():
-    parser = common.Parser(
+    parser = console.Parser(
         prog="python -m paper.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands, number = parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), common.number
+    commands, number = parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), console.number
     for command, function in COMMANDS.items():
         add = commands.add_parser(command, description=function.__doc__).add_argument
         add("runs", nargs="+", help="JSON files" if function in (over_flag, table) else "run folders")
         name = None if function is table else command
-        add("--out", type=common.writable, default=name, metavar="NAME", help="default: the command's name")
+        add("--out", type=console.given, default=name, metavar="NAME", help="default: the command's name")
         if function in (landscape, grad_norm, linearity):
             add("--n", type=number(int, 1), default=100, help="the first N test images (default 100)")
             add("--dataset", help="cifar10, cifar100 or an .npz (default: what the run was trained on)")
@@ -324,7 +326,7 @@ def main():
         if function is landscape:
             add("--seed", type=number(int, 0, 2**31), default=0, help="of the random direction (default 0)")
         if function is linearity:
-            add("--layers", type=common.names(LAYERS), default="0,conv1,conv2", help="default 0,conv1,conv2")
+            add("--layers", type=console.names(LAYERS), default="0,conv1,conv2", help="default 0,conv1,conv2")
             add("--share", type=number(float, 0), default=5, help="of the mean of |h|, in per cent (default 5)")
     args = parser.parse_args()
     if "device" in args:
@@ -333,4 +335,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    console.launch(main)

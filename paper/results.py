@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-import common
+import console
 
 # Name, colour and marker of each method in every figure. A method that is not here gets some of its own, see look().
 METHODS = {  # Okabe & Ito's palette, made for colour-blind readers, and three colours of Paul Tol's
@@ -63,7 +63,7 @@ def check(path, content, types):
     """End with one line that names the file if content is not a dict with these keys and types."""
     for key, kind in types.items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
-            common.fail(f"{path}: {key!r} is missing or of another type: it is damaged, or another version wrote it")
+            console.fail(f"{path}: {key!r} is missing or of another type: it is damaged, or another version wrote it")
 
 
 def read_json(path, types=None):
@@ -72,7 +72,7 @@ def read_json(path, types=None):
         text, lines = Path(path).read_text(), Path(path).suffix == ".jsonl"
         content = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
     except (OSError, ValueError):
-        common.fail(f"{path} is missing or damaged")
+        console.fail(f"{path} is missing or damaged")
     for item in content if lines else [content]:
         check(path, item, types or {})
     return content
@@ -83,7 +83,7 @@ def read_results(args):
     results = [read_json(path) for path in args.runs]
     for path, result in zip(args.runs, results):
         if not isinstance(result, dict) or not isinstance(result.get("training"), dict):
-            common.fail(f"{path} does not say how the network was trained: evaluate a run folder, not a bare model.pt")
+            console.fail(f"{path} does not say how the network was trained: evaluate a run folder, not a bare model.pt")
         check(path, result, RESULT)
         check(path, result["training"], CONFIG | {"seconds": NUMBER, "hardware": str})
         config = result["training"]
@@ -181,4 +181,4 @@ def table(args):
         lines += ["", *notes.read_text().splitlines()]
     print("\n".join(lines))
     if args.out:
-        common.write_file(f"{args.out}.md", "\n".join(lines) + "\n")
+        console.write_file(f"{args.out}.md", "\n".join(lines) + "\n")

@@ -17,7 +17,7 @@ import shlex
 import sys
 from pathlib import Path
 
-import common
+import console
 from eval_attacks import NAMES
 from paper.results import read_json
 
@@ -130,10 +130,10 @@ def seeds(text):
 
 
 def main():
-    parser = common.Parser(
+    parser = console.Parser(
         prog="python -m paper.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, number, names = parser.add_argument, common.number, common.names
+    add, number, names = parser.add_argument, console.number, console.names
     add("sweep", choices=SWEEPS)
     add("--seeds", type=seeds, default=[0], help="separated by commas (default 0)")
     add("--only", type=names(METHODS), default=METHODS, metavar="METHODS", help="these methods, separated by commas")
@@ -166,4 +166,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    console.launch(main)

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import common
+import console
 from paper.figures import pyplot, write
 
 MU, SIGMA = (0.3, 0.12), (0.15, 0.015)  # robust feature, trap
@@ -105,10 +105,10 @@ def draw(models, x, y, eps, rows):
 
 
 def main():
-    parser = common.Parser(
-        prog="python -m paper.toy_2d", description=__doc__.split("\n")[0], formatter_class=common.Help
+    parser = console.Parser(
+        prog="python -m paper.toy_2d", description=__doc__.split("\n")[0], formatter_class=console.Help
     )
-    add, number = parser.add_argument, common.number
+    add, number = parser.add_argument, console.number
     add("--eps", type=number(float, 0), default=0.1, help="l-infinity radius, and step of FGSM and SLAT in the input")
     add("--eta", type=number(float, 0), nargs=2, default=[0.1, 0.3], help="two steps of SLAT in the hidden layer")
     add("--hidden", type=number(int, 1), default=100, help="width of the hidden layer")
@@ -116,7 +116,9 @@ def main():
     add("--steps", type=number(int, 1), default=1000, help="gradient steps on all points")
     add("--lr", type=number(float, 0), default=0.1, help="learning rate")
     add("--seeds", type=number(int, 1), default=5, help="networks for each method")
-    add("--out", type=common.writable, default="toy_2d", metavar="NAME", help="writes NAME.png, NAME.svg and NAME.json")
+    add(
+        "--out", type=console.given, default="toy_2d", metavar="NAME", help="writes NAME.png, NAME.svg and NAME.json"
+    )
     args = parser.parse_args()
     methods = {"standard": (0, 0), "FGSM": (args.eps, 0)}
     methods |= {f"SLAT, eta {eta:g}": (args.eps, eta) for eta in args.eta}
@@ -140,4 +142,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    console.launch(main)

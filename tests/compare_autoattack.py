@@ -15,8 +15,7 @@ from pyautoattack import AutoAttack
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import Data
-from eval_attacks import ATTACKS, AUTOATTACK, is_adversarial, predict
-from wrn import load_model
+from eval_attacks import ATTACKS, AUTOATTACK, is_adversarial, load_model, predict
 
 
 def main(run, dataset, n, eps):

@@ -22,8 +22,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import console
 import train_fgsm
-from wrn import WideResNet, load_file
+from console import load_file
+from wrn import WideResNet
 
 torch.set_num_threads(1)
 torch.backends.mps.is_available = functools.cache(lambda: False)  # as it is made, so that torch compiles
@@ -85,7 +87,7 @@ def run_main(module, arguments):
     """The exit code of a script's main(), run as its command line would."""
     with command_line(module, arguments):
         try:
-            common.launch(module.main)
+            console.launch(module.main)
         except SystemExit as end:
             return end.code
     return 0

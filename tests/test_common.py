@@ -9,6 +9,7 @@ import torchvision.transforms.functional as TF
 
 import bookkeeping
 import common
+import console
 import train_fgsm
 from conftest import EPS, TINY
 from eval_attacks import percent, pgd, predict
@@ -144,8 +145,8 @@ def test_overfitting_is_recognised(clean, fgsm, pgd10, expected):
 
 def test_a_note_clears_the_status_line_of_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    line = common.StatusLine()
+    line = console.StatusLine()
     line.last -= 1
     line.show("half done")
-    common.note("look")
+    console.note("look")
     assert capsys.readouterr().err == "\r\033[K\033[?7lhalf done\033[?7h\r\033[Knote: look\n"

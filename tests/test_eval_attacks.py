@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import torchattacks
 
 import common
+import console
 import eval_attacks
 from conftest import EPS, SHORT, TINY, Linear, train
 from eval_attacks import (
@@ -27,12 +28,12 @@ from eval_attacks import (
     check_network,
     fab,
     is_adversarial,
+    load_model,
     noise,
     pgd,
     predict,
     square,
 )
-from wrn import load_model
 
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 
@@ -435,13 +436,13 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(cli, run, tmp
     flags = f"{run} --attack autoattack,pgd --steps 3 --restarts 1 --n 40 --eps 8"
     state, adv = tmp_path / "state.pt", tmp_path / "adv.npz"
     whole = result(cli, f"{flags} --save-adv {adv}", tmp_path / "whole.json")[0]
-    plain, kills, file, again = common.write_torch, 0, tmp_path / "file.json", tmp_path / "again.npz"
+    plain, kills, file, again = console.write_torch, 0, tmp_path / "file.json", tmp_path / "again.npz"
 
     def write(path, content):
         plain(path, content)
         raise SystemExit("killed")
 
-    monkeypatch.setattr(common, "write_torch", write)
+    monkeypatch.setattr(console, "write_torch", write)
     while not file.exists():
         code, _, _ = cli(eval_attacks, f"{flags} --state {state} --json {file} --save-adv {again}")
         kills += code == "killed"

@@ -18,7 +18,9 @@ import torchvision
 import bookkeeping
 import common
 from conftest import SCRIPTS, SMALL, assert_same_run, rows, run_main
-from wrn import WideResNet, load_file, load_model
+from console import load_file
+from eval_attacks import load_model
+from wrn import WideResNet
 
 every_method = pytest.mark.parametrize("name", SCRIPTS)
 # Eight steps in which every flag can show: with this seed, ELLE-A's lambda jumps.

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 import common
 import eval_attacks
 from conftest import ROOT, SCRIPTS, SMALL, TINY, parsed, run_main
+from eval_attacks import load_model
 from paper import bench, figures, results, sweep, toy_2d
-from wrn import LAYERS, load_model
+from wrn import LAYERS
 
 
 @pytest.fixture(scope="module")

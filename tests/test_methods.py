@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_fgsm
 import train_slat
 from conftest import SMALL
-from wrn import LAYERS, WideResNet, load_file
+from console import load_file
+from wrn import LAYERS, WideResNet
 
 ALL = ("0", "conv1", "conv2")
 

@@ -20,7 +20,8 @@ import train_pgd
 import train_yopo
 import train_zero_grad
 from conftest import SCRIPTS, SMALL, parsed
-from wrn import WideResNet, load_file
+from console import load_file
+from wrn import WideResNet
 
 EPS = 0.05
 

@@ -24,11 +24,14 @@ import torchvision
 
 import bookkeeping
 import common
+import console
 import eval_attacks
 import train_fgsm
 import train_slat
 from conftest import SCRIPTS, SMALL, assert_same, assert_same_run, parsed, rows, run_main
-from wrn import WideResNet, load_file, load_model
+from console import load_file
+from eval_attacks import load_model
+from wrn import WideResNet
 
 FINISHED = f"{SMALL} --epochs 3 --limit-train 64"
 
@@ -55,7 +58,7 @@ def forked(module, arguments, seconds=600):
     pid, code, end = os.fork(), 1, time.monotonic() + seconds
     if not pid:
         try:
-            common.open = SlowFile
+            console.open = SlowFile
             code = run_main(module, arguments)
         finally:
             os._exit(code)
@@ -256,10 +259,10 @@ def test_auto_says_why_it_does_not_take_a_gpu(monkeypatch, capsys):
 @pytest.mark.parametrize("message", ["CUDA out of memory.", "CPU: not enough memory", "can't allocate memory:"])
 def test_running_out_of_memory_is_one_line(capsys, message):
     with pytest.raises(SystemExit, match="1"):
-        common.launch(mock.Mock(side_effect=RuntimeError(f"{message}\nMore")))
+        console.launch(mock.Mock(side_effect=RuntimeError(f"{message}\nMore")))
     assert re.fullmatch(".*: error: out of memory: give a smaller --batch-size .*\n", capsys.readouterr().err)
     with pytest.raises(RuntimeError, match="mine"):
-        common.launch(mock.Mock(side_effect=RuntimeError("mine")))
+        console.launch(mock.Mock(side_effect=RuntimeError("mine")))
 
 
 def test_a_reader_that_goes_away_ends_no_epoch(tmp_path):

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 import common
-from wrn import LAYERS, WideResNet, dropout, layout, load_model
+from eval_attacks import load_model
+from wrn import LAYERS, WideResNet, dropout, layout
 
 
 def test_wrn_28_10_has_the_papers_size_and_depth_is_6n_plus_4():

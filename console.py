@@ -1,0 +1,280 @@
+"""The terminal and the disk: flag types, one-line errors, progress line, files. Nothing here can touch training."""
+
+import argparse
+import contextlib
+import datetime
+import io
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import stat
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but neither (default: None) nor (default: False)."""
+
+    def _get_help_string(self, action):
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message):
+        fail(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if re.fullmatch("--.*=--", word):  # on which argparse of Python < 3.13 stumbles
+                self.error(f"argument {word[:-3]}: '--' is no value")
+        return super().parse_known_args(args, namespace)
+
+
+def number(kind, low, high=1e9):
+    """An argparse type: an int or a float (kind) in [low, high]."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {low:g} to {high:g}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's "invalid number value: 'eight'"
+    return convert
+
+
+def names(known):
+    """An argparse type: some of the known names, separated by commas, as a list."""
+
+    def convert(text):
+        for name in text.split(","):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+        return text.split(",")
+
+    return convert
+
+
+def given(text):
+    """An argparse type: any text but none, as an unset shell variable leaves it ("$WEIGHTS")."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the value is empty")
+    return text
+
+
+def check_outputs(outputs, inputs=()):
+    """End with one line if an output cannot be written or names the same file as another one or as an input.
+
+    outputs: {flag: path or None}; inputs: paths.
+    """
+
+    def identity(path):
+        found = os.stat(path) if os.path.exists(path) else None
+        return (found.st_dev, found.st_ino) if found else os.path.realpath(path)
+
+    taken = {identity(path): f"the input {path}" for path in inputs}
+    for flag, path in outputs.items():
+        if path is None:
+            continue
+        if other := taken.get(identity(path)):
+            fail(f"argument {flag}: {path} is {other}, too: name another file")
+        taken |= {identity(path): f"the file of {flag}", identity(f"{path}.new"): f"a temporary file of {flag}"}
+        try:
+            if os.path.isdir(path):
+                raise OSError(0, "it is a folder")
+            if os.path.exists(path) and not os.access(path, os.W_OK):
+                raise OSError(0, "no permission")
+            if not os.path.exists(path) or stat.S_ISREG(os.stat(path).st_mode):
+                with written_next_to(path, bytes(2**16)):  # a full disk still makes empty files
+                    pass
+        except OSError as error:
+            fail(f"argument {flag}: cannot write {path}: {error.strerror}")
+
+
+@contextlib.contextmanager
+def written_next_to(path, content):
+    """The path of a new file with this content in the folder of path, or of what path links to; gone afterwards."""
+    new = f"{os.path.realpath(path)}.new"
+    try:
+        with open(new, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield new
+    finally:
+        with contextlib.suppress(OSError):  # it has moved; or a read-only folder refuses even this
+            os.unlink(new)
+
+
+def write_file(path, content):
+    """Write bytes or text. A file is replaced, so that it is whole at every moment; a symbolic link to it is followed.
+
+    What is no regular file (a pipe, /dev/stdout, /dev/null) is written into.
+    """
+    content = content.encode(errors="surrogateescape") if isinstance(content, str) else content
+    try:
+        found = os.stat(path) if os.path.exists(path) else None
+        for descriptor in (1, 2) if found else ():  # stdout, perhaps a file, goes on where this ends
+            with contextlib.suppress(OSError):  # closed
+                if os.path.samestat(found, os.fstat(descriptor)):
+                    path, found = descriptor, None
+                    sys.stdout.flush()
+                    break
+        if isinstance(path, int) or found and not stat.S_ISREG(found.st_mode):
+            with open(path, "wb", closefd=not isinstance(path, int)) as file:
+                file.write(content)
+            return
+        with written_next_to(path, content) as new:
+            if found:
+                shutil.copymode(path, new)
+            os.replace(new, os.path.realpath(path))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_torch(path, state):
+    buffer = io.BytesIO()  # through memory: on a full disk torch.save fails in C++, not with an OSError
+    torch.save(state, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def load_json(path):
+    """The content of a JSON file, or the list of a .jsonl's lines; ValueError of one line if it is damaged."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()] if Path(path).suffix == ".jsonl" else json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        raise ValueError(f"{path} is missing or damaged") from None
+
+
+# Files that are named where weights are wanted: how they begin (or what torch says), what they are, what to do.
+STRANGERS = {
+    r".{8}\{": "a safetensors file: convert it by torch.save(safetensors.torch.load_file(FILE), 'weights.pt')",
+    r"PK.{28}[^/]*\.npy|\x93NUMPY": "a file of numpy: write tensors by torch.save({'name': tensor}, FILE)",
+    r".*TorchScript": "a TorchScript archive: load it in a file of your own, --model FILE:FUNCTION, by torch.jit.load",
+    r"version https://git-lfs": "a pointer of Git LFS: fetch the file itself by git lfs pull",
+    r"\s*<(!doctype|html)": "a web page: download the file itself",
+    r"\x89HDF": "an HDF5 file: read it with its own library, then torch.save a state_dict",
+    r".*GLOBAL (?P<code>\S+)": "code that is not run: save the weights by themselves, torch.save(model.state_dict(), FILE)",
+}
+
+
+def load_file(path):
+    """The dictionary in a file that any version of torch.save wrote, on the CPU; OSError of one line otherwise."""
+    if not Path(path).is_file():
+        raise OSError(f"no file {path}")
+    reason = "is damaged, or was not written by torch.save"
+    try:
+        if zipfile.is_zipfile(path):
+            check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)  # which cannot run code
+        if isinstance(content, dict):
+            return content
+        reason = f"holds a {type(content).__name__}, no dictionary: torch.save(model.state_dict(), FILE) writes one"
+    except Exception as error:  # pickle, zip and torch each raise their own for a damaged file
+        with open(path, "rb") as file:
+            texts = file.read(200).decode("latin-1"), str(error)
+        for pattern, what in STRANGERS.items():
+            for found in filter(None, (re.match(pattern, text, re.S | re.I) for text in texts)):
+                reason = f"holds {found['code']}, {what}" if "code" in found.groupdict() else f"is {what}"
+    raise OSError(f"{path} {reason}")
+
+
+def check_archive(path):
+    """ValueError if a zip is not as it was written. torch.load notices nothing, and may read uninitialised memory.
+
+    It ignores checksums, and reads nothing of a record that is marked as a folder or that has two sizes.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        odd = [r for r in records if r.external_attr & 16 or r.file_size != r.compress_size or r.compress_type]
+        if odd or archive.testzip() or len({record.filename for record in records}) < len(records):
+            raise ValueError("damaged")
+
+
+def versions(device):
+    """What a number depends on besides its flags."""
+    name = re.search(r"model name\s*: (.*)", CPUINFO)
+    cpu = f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "device": str(device),
+        "hardware": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else cpu,
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def clock(seconds):
+    """1:02:03, or 9 days, 1:02:03."""
+    return str(datetime.timedelta(seconds=int(seconds)))
+
+
+class StatusLine:
+    """A line on stderr that redraws itself on a terminal; in a file, a plain line every 20 seconds."""
+
+    def __init__(self):
+        self.terminal, self.last = sys.stderr.isatty(), time.monotonic()
+
+    def due(self):
+        """Is it time to show something? Ask before the numbers are fetched: that makes the host wait for a GPU."""
+        return time.monotonic() - self.last >= (0.5 if self.terminal else 20)
+
+    def show(self, text):
+        if self.due():
+            self.last = time.monotonic()
+            line = f"\r\033[K\033[?7l{text}\033[?7h" if self.terminal else f"{text}\n"  # ?7l: cut, not wrapped
+            print(line, end="", file=sys.stderr, flush=True)
+
+    def clear(self):
+        print("\r\033[K" if self.terminal else "", end="", file=sys.stderr, flush=True)
+
+
+def note(message, kind="note"):
+    """Something to know, in one line on stderr."""
+    line = str(message).strip().split("\n")[0]
+    print("\r\033[K" if sys.stderr.isatty() else "", f"{kind}: {line}", sep="", file=sys.stderr)  # over a status line
+
+
+def fail(message, code=2):
+    """End the program with one line on stderr. code: 2 if the user can fix it, 1 if a run failed."""
+    sys.stdout.flush()
+    note(message, f"{Path(sys.argv[0]).name}: error")
+    sys.exit(code)
+
+
+def launch(main):
+    """Run main(); what a user can cause ends in one line, not in a traceback."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by a daemon
+            setattr(sys, name, open(os.devnull, "w"))
+        if isinstance(getattr(sys, name), io.TextIOWrapper):  # a letter that the console lacks ends nothing
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; Python would try to write the rest as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        fail("nothing reads this output any more (a training run: --resume continues it)")
+    except OSError as error:
+        fail(f"{error.strerror or error}: {error.filename}" if error.filename else error)
+    except RuntimeError as error:
+        if not re.search("out of memory|not enough memory|allocate memory", str(error)):
+            raise
+        fail("out of memory: give a smaller --batch-size (a training run: or --width or --depth)", 1)
+    except KeyboardInterrupt:
+        fail("interrupted (a training run: --resume continues it)", 130)

@@ -168,7 +168,7 @@ STRANGERS = {
     r"version https://git-lfs": "a pointer of Git LFS: fetch the file itself by git lfs pull",
     r"\s*<(!doctype|html)": "a web page: download the file itself",
     r"\x89HDF": "an HDF5 file: read it with its own library, then torch.save a state_dict",
-    r".*GLOBAL (?P<code>\S+)": "code that is not run: save the weights by themselves, torch.save(model.state_dict(), FILE)",
+    r".*?GLOBAL (?P<code>\S+)": "code that is not run: save the weights by themselves, torch.save(state_dict, FILE)",
 }
 
 
@@ -200,7 +200,7 @@ def check_archive(path):
     """
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
-        odd = [r for r in records if r.external_attr & 16 or r.file_size != r.compress_size or r.compress_type]
+        odd = [r for r in records if r.external_attr & 16 or not r.compress_type and r.file_size != r.compress_size]
         if odd or archive.testzip() or len({record.filename for record in records}) < len(records):
             raise ValueError("damaged")
 

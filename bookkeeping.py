@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from common import autocast
-from console import StatusLine, clock, fail, load_file, versions, write_file, write_torch
-from eval_attacks import ContractError, ascend, cross_entropy, percent, pgd
+from console import StatusLine, clock, fail, load_file, load_json, note, versions, write_file, write_torch
+from eval_attacks import RUN_FILES, ContractError, ascend, cross_entropy, percent, pgd
 
-FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "best.pt")
-FREE_FLAGS = ("device", "data_dir", "out", "not_default")  # may differ between a run and its resumption
+# May differ between a run and its resumption; of the data set only the name may, see there.
+FREE_FLAGS = ("device", "data_dir", "dataset", "out", "not_default")
 HEADER = "epoch   loss  train |  test clean  fgsm pgd10 |  train clean  fgsm pgd10    time"
 ROW = "{epoch:5} {loss:6.3f} {train_acc:6.1f} |  {test_clean:10.1f} {test_fgsm:5.1f} {test_pgd10:5.1f} |  "
 ROW += "{train_clean:11.1f} {train_fgsm:5.1f} {train_pgd10:5.1f}"
@@ -28,12 +28,12 @@ class Run:
     extra: {name: tensor or number} that a method carries from step to step; it is saved in the checkpoint.
     """
 
-    def __init__(self, args, model, optimizer, data, replays=1):
+    def __init__(self, args, model, optimizer, data, replays=1, extra=None):
         self.args, self.model, self.optimizer, self.data = args, model, optimizer, data
         self.out, self.steps = Path(args.out), data.steps(args.batch_size) * replays
-        self.epoch, self.rows, self.extra, self.line = 0, [], {}, StatusLine()
-        self._open_folder()
-        if args.resume and (self.out / "checkpoint.pt").exists():  # there is none if it was killed in its first epoch
+        self.epoch, self.rows, self.extra, self.line = 0, [], extra or {}, StatusLine()
+        resumed = self._open_folder()
+        if resumed and (self.out / "checkpoint.pt").exists():  # there is none if it was killed in its first epoch
             self._load_checkpoint()
         optimizer.param_groups[0]["fused"] = args.device.startswith("cuda") or None  # one kernel for all weights
         count, n, n_test = sum(p.numel() for p in model.parameters()), len(data.train_y), len(data.test_y)
@@ -41,35 +41,43 @@ class Run:
         print(f"data     {data.name}: {n:,} training, {n_test:,} test images, {len(data.classes)} classes")
         print(f"device   {versions(args.device)['hardware']}, {args.precision}")
         print(f"run      {self.out}: {args.epochs} epochs, {args.epochs * self.steps:,} steps, eps {args.eps:g}/255")
-        print(f"resumed  after epoch {self.epoch} of {args.epochs}\n" * args.resume + HEADER, flush=True)
+        if resumed:
+            print(f"resumed  after epoch {self.epoch} of {args.epochs}")
+        print(HEADER, flush=True)
         if self.epoch:  # the kill may have come before its accuracies were measured
             self._measure()
         self._begin_epoch()
 
     def _open_folder(self):
-        """Create the folder and config.json, or check that --resume fits what is there; keep other runs out."""
+        """Create the folder and config.json, or check that --resume fits what is there; keep other runs out.
+
+        Returns whether there is a run to resume.
+        """
         args, out, data = self.args, self.out, self.data
         config = {key: value for key, value in vars(args).items() if key not in ("resume", "overwrite")}
         config["data"] = {"train": len(data.train_x), "test": len(data.test_x), "mean": data.mean, "std": data.std}
-        if args.resume and not (out / "config.json").exists():
-            fail(f"no run to resume in {out}")
+        config["data"]["crc32"] = data.crc32
         out.mkdir(parents=True, exist_ok=True)
         lock(out.resolve())
-        if args.resume:
+        found = [name for name in RUN_FILES if (out / name).is_file()]
+        if args.resume and found:
             try:
-                before = dict(json.loads((out / "config.json").read_text()))
+                before = {"data": {}} | load_json(out / "config.json")
+                before["data"] = {"crc32": data.crc32} | before["data"]  # runs begun before 29 November 2026 have none
             except (ValueError, TypeError):
-                fail(f"{out}/config.json is damaged: --overwrite starts the run anew")
+                fail(f"{out}/config.json is damaged or missing: --overwrite starts the run anew")
             for key in ("method", *config):
                 if key not in FREE_FLAGS and before.get(key) != config[key]:
                     fail(f"cannot resume {out}: {key} was {before.get(key)} there and is {config[key]} now")
-            return
-        found = [name for name in FILES if (out / name).exists()]
+            return True
+        if args.resume:
+            note(f"there is no run in {out} yet: this one begins")
         if found and not args.overwrite:
             fail(f"{out} holds a run: --resume continues it, --overwrite replaces it, --out names another folder")
         for name in found:
-            (out / name).unlink()
+            (out / name).resolve().unlink()  # what a link leads to, as it is written there again
         write_file(out / "config.json", json.dumps({**config, **versions(args.device)}, indent=1) + "\n")
+        return False
 
     def _begin_epoch(self):
         """Sums over the epoch's steps; they stay on the device, so that the host need not wait for it."""
@@ -82,7 +90,7 @@ class Run:
         self.loss = self.loss + loss.detach()
         self.correct = self.correct + (logits.detach().argmax(1) == y).sum()
         if self.line.due():
-            rate, epochs = self.step / (time.perf_counter() - self.start), self.args.epochs
+            rate, epochs = self.step / max(time.perf_counter() - self.start, 1e-9), self.args.epochs
             between = sum(row["monitor_seconds"] for row in self.rows) / max(len(self.rows), 1)
             left = ((epochs - self.epoch) * self.steps - self.step) / rate + (epochs - self.epoch) * between
             self.line.show(
@@ -93,7 +101,8 @@ class Run:
 
     def end_epoch(self):
         """Save the epoch, then measure it; or end the run if its loss or the weights are not finite."""
-        loss, seconds = float(self.loss) / self.steps, time.perf_counter() - self.start  # after waiting for the device
+        loss = float(self.loss) / self.steps  # waits for the device
+        seconds = max(time.perf_counter() - self.start, 1e-9)  # some clocks stand still
         lr, train_acc = self.optimizer.param_groups[0]["lr"], 100 * int(self.correct) / self.seen
         row = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps, "lr": lr, "loss": loss}
         row |= {"train_acc": train_acc, "seconds": seconds, "images_per_second": self.seen / seconds}
@@ -141,12 +150,23 @@ class Run:
         return {"arguments": self.model.arguments, "state_dict": self.model.state_dict()}
 
     def _load_checkpoint(self):
-        path, device = self.out / "checkpoint.pt", self.args.device
+        path, args, device = self.out / "checkpoint.pt", self.args, self.args.device
         try:
             state = load_file(path)
             self.model.load_state_dict(state["state_dict"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.rows, self.epoch = state["rows"], state["rows"][-1]["epoch"]
+            for weight, own in self.optimizer.state.items():  # which torch does not compare
+                if own["momentum_buffer"].shape != weight.shape:
+                    raise ValueError("momentum of another shape")
+            self.rows, self.epoch = state["rows"], len(state["rows"])
+            numbers = [row[key] for row in self.rows for key in ("loss", "train_acc", "seconds")]
+            numbers += [row[key] for row in self.rows[:-1] for key in ("train_pgd10", "monitor_seconds")]
+            if [row["epoch"] for row in self.rows] != [*range(1, self.epoch + 1)] or not 0 < self.epoch <= args.epochs:
+                raise ValueError("its epochs are not those of this run")
+            if not all(isinstance(value, (int, float)) for value in numbers):
+                raise TypeError("its accuracies are no numbers")
+            if state["extra"].keys() != self.extra.keys():
+                raise ValueError(f"it carries {sorted(state['extra'])}, the method {sorted(self.extra)}")
             self.extra = {k: v.to(device) if torch.is_tensor(v) else v for k, v in state["extra"].items()}
             torch.set_rng_state(state["rng"]["cpu"])
             device_rng(device, state["rng"]["device"])

@@ -4,12 +4,13 @@ import argparse
 import os
 import re
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from console import CPUINFO, Help, Parser, fail, note, number
+from console import CPUINFO, Help, Parser, fail, given, note, number
 from wrn import layout
 
 
@@ -24,20 +25,20 @@ def make_parser(doc):
     add("--lr-max", type=number(float, 0), default=0.2, help="peak of the cyclic learning rate")
     add("--weight-decay", type=number(float, 0), default=5e-4, help="on all parameters")
     add("--momentum-cycle", action=argparse.BooleanOptionalAction, default=True, help="0.9, 0.8 at the peak, 0.9")
-    add("--dataset", default="cifar10", help="cifar10, cifar100 or the path of an .npz")
-    add("--data-dir", default="data", help="where cifar10 and cifar100 are, or are downloaded to")
+    add("--dataset", type=given, default="cifar10", help="cifar10, cifar100 or the path of an .npz")
+    add("--data-dir", type=given, default="data", help="where cifar10 and cifar100 are, or are downloaded to")
     add("--limit-train", type=number(int, 1), metavar="N", help="train on the first N training images")
     add("--depth", type=int, choices=range(10, 101, 6), metavar="N", default=28, help="of the WideResNet: 6n + 4")
     add("--width", type=number(int, 1), default=10, help="of the WideResNet")
     add("--dropout", type=number(float, 0, 0.99), default=0.3, help="in every block")
     add("--seed", type=number(int, 0, 2**31), default=0, help="fixes everything; on CUDA, with --deterministic")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--device", type=given, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
     add("--deterministic", action="store_true", help="repeatable on CUDA too, as a CPU always is; slower kernels")
     add("--monitor", type=number(int, 1), default=1000, metavar="N", help="images for the accuracies after an epoch")
-    add("--out", metavar="DIR", help="run folder (default: runs/METHOD_DATASET_epsEPS_seedSEED)")
+    add("--out", type=given, metavar="DIR", help="run folder (default: runs/METHOD_DATASET_epsEPS_seedSEED)")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true", help="continue from DIR/checkpoint.pt")
+    add("--resume", action="store_true", help="continue the run in DIR, or begin it if there is none")
     add("--overwrite", action="store_true", help="replace the run in DIR")
     return parser
 
@@ -100,12 +101,20 @@ class Data:
         if "train_x" in arrays:
             x, y = arrays["train_x"], arrays["train_y"]
             # The network's normalisation: of all training images, whatever --limit-train.
-            histograms = [np.bincount(x[..., c].ravel(), minlength=256) / x[..., c].size for c in range(3)]
+            channels = (torch.from_numpy(x[..., c]).flatten() for c in range(3))
+            histograms = [torch.bincount(values, minlength=256).numpy() / len(values) for values in channels]
             value = np.arange(256) / 255
             self.mean = [float(h @ value) for h in histograms]
             self.std = [float(max(np.sqrt(h @ (value - m) ** 2), 1e-3)) for h, m in zip(histograms, self.mean)]
             self.train_x = torch.nn.functional.pad(torch.from_numpy(x[:limit_train]), (0, 0, 4, 4, 4, 4)).to(device)
-            self.train_y = torch.from_numpy(y[:limit_train].astype(np.int64)).to(device)
+            labels = torch.from_numpy(y.astype(np.int64))
+            self.train_y = labels[:limit_train].to(device)
+            self.crc32 = 0  # of images and labels: what a resumed run must have, whatever the file's name
+            for array in arrays.values():
+                array = array if array.dtype == np.uint8 else array.astype(np.uint8)
+                self.crc32 = zlib.crc32(np.ascontiguousarray(array), self.crc32)
+            if limit_train and (lacking := missing_classes(labels, limit_train, "training")):
+                note(lacking)
         self.test_x = torch.from_numpy(arrays["test_x"]).to(device)
         self.test_y = torch.from_numpy(arrays["test_y"].astype(np.int64)).to(device)
         self.name, self.device = name, device
@@ -182,7 +191,20 @@ def load_data(args):
     data = Data(args.dataset, args.data_dir, args.device, limit_train=args.limit_train)
     if len(data.train_x) < args.batch_size:
         fail(f"{len(data.train_x)} training images do not fill one batch of {args.batch_size}: lower --batch-size")
+    lacking = [
+        missing_classes(data.train_y, args.monitor, "training"),
+        missing_classes(data.test_y, args.monitor, "test"),
+    ]
+    if any(lacking):
+        choice = ": best.pt is chosen on such images" if lacking[0] else ""
+        note(f"--monitor {args.monitor}: {' and '.join(filter(None, lacking))}{choice}")
     return data
+
+
+def missing_classes(y, n, images):
+    """A sentence if the first n of the labels y lack classes that y has, as in data sorted by class; else None."""
+    shown, known = (len(labels.unique()) for labels in (y[:n], y))
+    return f"the first {n} {images} images show {shown} of {known} classes" if shown < known else None
 
 
 def cyclic(progress, lr_max, momentum_cycle=True):

@@ -89,12 +89,12 @@ def check_outputs(outputs, inputs=()):
     for flag, path in outputs.items():
         if path is None:
             continue
+        if os.path.isdir(path):
+            fail(f"argument {flag}: cannot write {path}: it is a folder")
         if other := taken.get(identity(path)):
             fail(f"argument {flag}: {path} is {other}, too: name another file")
         taken |= {identity(path): f"the file of {flag}", identity(f"{path}.new"): f"a temporary file of {flag}"}
         try:
-            if os.path.isdir(path):
-                raise OSError(0, "it is a folder")
             if os.path.exists(path) and not os.access(path, os.W_OK):
                 raise OSError(0, "no permission")
             if not os.path.exists(path) or stat.S_ISREG(os.stat(path).st_mode):

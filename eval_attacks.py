@@ -18,6 +18,7 @@ import collections
 import contextlib
 import functools
 import math
+import numbers
 import warnings
 from types import SimpleNamespace
 
@@ -59,12 +60,13 @@ def kind(value):
 
 
 def logits_at(model, point):
-    """Logits (B, classes), in float32 or better, of images (B, C, H, W)."""
+    """Logits (B, classes), in float32 or better, of images (B, C, H, W); those of -inf, a masked class's, are -1e9."""
     logits = model(point.clone())  # a copy: some networks write into their input
     fits = torch.is_tensor(logits) and logits.is_floating_point() and logits.shape[:-1] == point.shape[:1]
     if not fits or logits.shape[1] < 2:
         raise ContractError(f"the network must return float logits ({len(point)}, classes), not {kind(logits)}")
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.nan_to_num(nan=math.nan, posinf=math.inf, neginf=-1e9)  # arithmetic with -inf ends in NaN
 
 
 def outputs(model, x, batch_size=0):
@@ -76,7 +78,12 @@ def outputs(model, x, batch_size=0):
 def is_adversarial(model, x, x_adv, y, eps, batch_size=0):
     """(N,) bool: x_adv lies within eps of x and within [0, 1], and is misclassified in float32."""
     verdict = (((x_adv - x).abs() <= eps + ROUNDING) & (x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
-    return verdict & (outputs(model, x_adv, batch_size).argmax(1) != y) if verdict.any() else verdict
+    return verdict & misclassified(outputs(model, x_adv, batch_size), y) if verdict.any() else verdict
+
+
+def misclassified(logits, y):
+    """(B,) bool. Logits that are not finite are no verdict."""
+    return (logits.argmax(1) != y) & logits.isfinite().all(1)
 
 
 def cross_entropy(logits, y, target=None):
@@ -112,7 +119,7 @@ def ascend(model, point, loss, y, target=None):
         raise ContractError("no gradient reaches the image (no_grad or detach in the network?): only Square attacks it")
     if not gradient.isfinite().all():  # its sign would be 0, and the attack stand still
         raise ContractError("the gradient is not finite at some images, so no attack that follows it means anything")
-    return logits.detach(), value.detach(), gradient.contiguous()
+    return logits.detach(), value.detach().to(gradient.dtype), gradient.contiguous()
 
 
 def pgd(model, x, y, eps, steps=50, restarts=10, step_size=None, random_start=True, **options):
@@ -120,6 +127,9 @@ def pgd(model, x, y, eps, steps=50, restarts=10, step_size=None, random_start=Tr
 
     step_size: None is eps / 4. Restarts begin uniformly in the ball; random_start=False: at x.
     """
+
+    if step_size is not None and not 0 <= step_size <= 1:
+        raise ContractError(f"step_size must be in [0, 1], as images and eps are, such as 2 / 255, not {step_size}")
 
     def loop(b, point, steps):
         size = eps / 4 if step_size is None else step_size
@@ -212,7 +222,8 @@ def fab(model, x, y, eps, steps=100, targets=9, alpha_max=0.1, eta=1.05, beta=0.
             alpha = (size / (size + size_clean)).clamp(max=alpha_max)
             tried = ((1 - alpha) * (here + eta * d) + alpha * (clean + eta * d_clean)).clamp(0, 1).view_as(b.x)
             logits = logits_at(model, tried)
-            point = pick(logits.argmax(1) != b.y, b.x + beta * (tried - b.x), tried)
+            point = pick(misclassified(logits, b.y), b.x + beta * (tried - b.x), tried)
+            point = pick(logits.isfinite().all(1), point, b.x)  # where no gradient would be: from the start again
             yield tried, logits, point
 
     return run(model, x, y, eps, loop, steps, targets, True, **options)
@@ -251,19 +262,21 @@ def square(model, x, y, eps, queries=5000, p=0.8, restarts=1, **options):
     return run(model, x, y, eps, loop, queries, restarts, **options)
 
 
-def autoattack(model, x, y, eps, **options):
+def autoattack(model, x, y, eps, batch_size=0, seed=0, precision=None, before=(), report=None):
     """Standard AutoAttack (Croce & Hein 2020, arXiv:2003.01690): four attacks, each on what is still unbroken.
 
-    What makes the number doubtful is a UserWarning: the sentences of `check_network` and `masked_gradients`.
+    The options are those of `run`. What makes the number doubtful is a UserWarning: the sentences of `check_network`
+    and `masked_gradients`.
     """
-    found = apgd(model, x, y, eps, "ce", **options)
-    for sentence in check_network(model, x, y, eps, options.get("batch_size", 0)):  # warn() would do so only once
-        warnings.warn_explicit(sentence, UserWarning, __file__, 0)
+    options = {"batch_size": batch_size, "seed": seed, "precision": precision, "report": report}
+    found = apgd(model, x, y, eps, "ce", before=before, **options)
+    for sentence in check_network(model, x, y, eps, batch_size):  # warn() would do so only once
+        warnings.warn_explicit(sentence, UserWarning, "eval_attacks.py", 0)
     found = apgd(model, x, y, eps, "dlr-targeted", before=found, **options)
     found = fab(model, x, y, eps, before=found, **options)
     last = square(model, x, y, eps, before=found, **options)
     for sentence in masked_gradients(found[0], last[0]):
-        warnings.warn_explicit(sentence, UserWarning, __file__, 0)
+        warnings.warn_explicit(sentence, UserWarning, "eval_attacks.py", 0)
     return last
 
 
@@ -308,17 +321,20 @@ def run(
     loop(b, best, steps): the attack, a generator of (point to judge, its logits, strongest point so far). best: None,
     or the strongest point of the search in bfloat16. b: x, y, target, noise(*shape), bounds low and high of a point.
     """
-    x, y, logits = checked(model, x, y, eps, batch_size)
-    robust, x_adv, device = logits.argmax(1) == y, x.clone(), x.device
     if min(trials, steps) < 1:
         raise ContractError("restarts, targets, steps and queries must be at least 1: one restart is one run")
+    if precision not in PRECISIONS:
+        raise ContractError(f"precision must be 'fp32', 'bf16' or None, not {precision!r}")
+    x, y, clean = checked(model, x, y, eps, batch_size)
+    robust, x_adv, device = clean.argmax(1) == y, x.clone(), x.device
     if precision is None and torch.is_autocast_enabled(device.type):
         if torch.get_autocast_dtype(device.type) == torch.float16:
             raise ContractError("gradients vanish in float16: attack outside autocast, or give precision='bf16'")
     if before:
         robust, x_adv = robust & before[0], before[1].clone()
-    ranking = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)  # y comes last
-    trials, batch_size = min(trials, logits.shape[1] - 1) if targeted else trials, batch_size or BATCH_SIZE[device.type]
+    todo = robust.clone()
+    ranking = clean.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)  # y comes last
+    trials, batch_size = min(trials, clean.shape[1] - 1) if targeted else trials, batch_size or BATCH_SIZE[device.type]
     searches = [(precision, 0, steps)] + [("fp32", steps, math.ceil(steps / 20))] * (precision == "bf16")
     total = sum(length for _, _, length in searches)
     few = max(6, steps // 50)  # iterations that come first, to sort out what breaks early; not after another attack
@@ -329,11 +345,11 @@ def run(
             b.low, b.high, b.seed = (b.x - eps).clamp(0, 1), (b.x + eps).clamp(0, 1), seed + trial
             b.noise = functools.partial(noise, b.x, images, seed, trial)
             unbroken, best = torch.ones_like(images, dtype=torch.bool), None
-            for numbers, begun, length in searches:
-                with PRECISIONS[numbers](device):
+            for kept, begun, length in searches:
+                with PRECISIONS[kept](device):
                     for i, found in zip(range(min(most, length)), loop(b, best, length)):
                         point, logits, best = found
-                        hit = (unbroken & (logits.argmax(1) != b.y)).nonzero().flatten()
+                        hit = (unbroken & misclassified(logits, b.y)).nonzero().flatten()
                         if len(hit):  # only these: without TF32, float32 costs a GPU many times what bfloat16 does
                             hit = hit[is_adversarial(model, b.x[hit], point[hit], b.y[hit], eps, batch_size)]
                             unbroken[hit], robust[images[hit]], x_adv[images[hit]] = False, False, point[hit]
@@ -344,7 +360,41 @@ def run(
                         if not unbroken.any():
                             break
             x_adv[images[unbroken]] = best.clamp(b.low, b.high)[unbroken]
+    # Randomness that is rare passes the checks by luck, and may have broken images by luck: all is judged once more.
+    same = unmoved(clean, outputs(model, x, batch_size), spread(clean), 1e-4)
+    broken = (todo & ~robust).nonzero().flatten()
+    if same and len(broken):  # but for rounding, as the batches are others
+        found = margin(outputs(model, x_adv[broken], batch_size), y[broken])
+        same = bool((found > -0.01 * spread(clean)[0]).all())
+    if not same:
+        raise ContractError(RANDOMISED)
     return robust, x_adv
+
+
+RANDOMISED = "the network is randomised: two equal passes differ (dropout left on? call eval() first)"
+
+
+def spread(logits):
+    """How far below an image's highest logit others lie, at most, and from where on a class counts as masked.
+
+    Masked is, by -1e9 or -inf, what lies 100 times as far below as the second highest logit does, where that is most.
+    """
+    below = logits.amax(1, keepdim=True) - logits
+    masked = 100 * below.topk(2, largest=False)[0].max()
+    masked = torch.where(masked > 0, masked, below.max())
+    return below[below <= masked].max(), masked
+
+
+def unmoved(before, after, scale, tolerance):
+    """Did logits stay the same between two passes, but for rounding and this share of their spread (scale)?
+
+    Compared is what decides the class: how far each logit is below the image's highest. An offset that all share, or
+    what a class is masked with, must neither hide nor feign a difference.
+    """
+    finite, (size, masked) = before.isfinite().all(1), scale
+    a, b = ((v.amax(1, keepdim=True) - v).clamp(max=masked)[finite] for v in (before, after))
+    rounding = 4 * torch.finfo(torch.float32).eps * before.amax(1, keepdim=True).abs()[finite]
+    return bool(((a - b).abs() <= tolerance * size + rounding).all())  # False where NaN came after
 
 
 def checked(model, x, y, eps, batch_size=0):
@@ -353,24 +403,34 @@ def checked(model, x, y, eps, batch_size=0):
         raise ContractError(f"x must be images (N, C, H, W) in float32 or float64, not {kind(x)}")
     if not ((x >= 0) & (x <= 1)).all():
         raise ContractError(f"x must lie in [0, 1], it goes from {x.min():g} to {x.max():g}")
-    if not 0 <= eps <= 1:
-        raise ContractError(f"eps must be a number in [0, 1], such as 8 / 255, not {eps}")
+    if not (isinstance(eps, numbers.Real) and 0 <= eps <= 1):
+        found = eps if isinstance(eps, numbers.Real) else kind(eps)
+        raise ContractError(f"eps must be a number in [0, 1], such as 8 / 255, not {found}")
     if not torch.is_tensor(y) or y.is_floating_point() or y.dtype == torch.bool or y.shape != x.shape[:1]:
         raise ContractError(f"y must be one class index for each of {len(x)} images, not {kind(y)}")
     for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
-        if module.training:
+        if getattr(module, "training", False):  # which a frozen TorchScript module lacks
             raise ContractError(f"{name or 'the network'} is in train mode: call model.eval() first")
     x, y = x.detach().clone(memory_format=torch.contiguous_format), y.long().clone()
     few = torch.cat([x[:4], 1 - x[:4]])[: max(batch_size or 8, 2)]  # a single image has company too
-    # Alone goes the last: noise of a fixed seed is the same for whatever comes first.
-    company, again, alone = (outputs(model, images, 8) for images in (few, few, few[-1:]))
-    if (again - company).abs().max() > 1e-4 * company.abs().max():
-        raise ContractError("the network is randomised: two equal passes differ (dropout left on? call eval() first)")
-    if (alone - company[-1:]).abs().max() > 0.01 * company.abs().max():
-        raise ContractError("an image's logits depend on its batch (BatchNorm without statistics? seeded noise?)")
+    try:
+        first = outputs(model, few, 8)
+    except RuntimeError as error:
+        if not isinstance(model, torch.jit.ScriptModule):  # of other networks, the traceback says more
+            raise
+        reason = str(error).strip().split("\n")[-1]
+        raise ContractError(
+            f"the TorchScript network fails on {len(few)} images (traced with more?): {reason}"
+        ) from None
     logits = outputs(model, x, batch_size)
     if not logits.isfinite().all():
         raise ContractError(f"the logits are not finite at {int((~logits.isfinite()).any(1).sum())} of {len(x)} images")
+    scale = spread(torch.cat([logits, first[first.isfinite().all(1)]]))
+    if not all(unmoved(first, outputs(model, few, 8), scale, 1e-4) for _ in range(3)):
+        raise ContractError(RANDOMISED)
+    # Alone goes the last: noise of a fixed seed is the same for whatever comes first.
+    if not unmoved(first[-1:], outputs(model, few[-1:], 8), scale, 0.01):
+        raise ContractError("an image's logits depend on its batch (BatchNorm without statistics? seeded noise?)")
     if not 0 <= y.min() <= y.max() < logits.shape[1]:
         raise ContractError(f"y must lie in 0 to {logits.shape[1] - 1}, it goes from {y.min()} to {y.max()}")
     return x, y, logits
@@ -404,6 +464,7 @@ def check_network(model, x, y, eps, batch_size=0, count=250):
 # ---------------------------------------------------------------- command line
 
 import hashlib
+import inspect
 import io
 import json
 import re
@@ -429,6 +490,7 @@ def fgsm(model, x, y, eps, **options):
 
 ATTACKS = {**AUTOATTACK, "apgd-dlr": functools.partial(apgd, loss="dlr"), "fgsm": fgsm, "pgd": pgd}
 NAMES = (*ATTACKS, "autoattack")
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "best.pt")
 
 
 def predict(model, x, batch_size=0):
@@ -439,10 +501,10 @@ def predict(model, x, batch_size=0):
 def parse_args():
     parser = console.Parser(description=__doc__.split("\n")[0], formatter_class=console.Help)
     network, add = parser.add_mutually_exclusive_group(required=True).add_argument, parser.add_argument
-    number, file = console.number, console.given
-    network("run", nargs="?", help="run folder (its model.pt), or a model.pt, best.pt or checkpoint.pt")
-    network("--model", metavar="FILE:FUNCTION", help="my_net.py:make_model; the file is run: name one that you trust")
-    add("--weights", metavar="FILE", help="for --model: a state_dict, or a checkpoint that holds one")
+    number, text = console.number, console.given
+    network("run", nargs="?", type=text, help="run folder (its model.pt), or a model.pt, best.pt or checkpoint.pt")
+    network("--model", type=text, metavar="FILE:FUNCTION", help="my_net.py:make_model; the file is run: trust it")
+    add("--weights", type=text, metavar="FILE", help="for --model: a state_dict, or a checkpoint that holds one")
     attacks = f"separated by commas, each on all images that the network gets right: {', '.join(NAMES)}"
     add("--attack", type=console.names(NAMES), default="pgd", help=attacks)
     add("--eps", type=number(float, 0, 255), help="l-infinity radius, in 1/255 (default: the run's own, or 8)")
@@ -451,18 +513,24 @@ def parse_args():
     add("--step-size", type=number(float, 0.001, 1), default=0.25, help="of PGD, in multiples of eps")
     add("--search-precision", choices=("fp32", "bf16"), default="fp32", help="bf16: faster, and ends in float32")
     add("--n", type=number(int, 1), help="the first N test images (default: all)")
-    add("--dataset", help="cifar10, cifar100 or an .npz (default: what the run was trained on)")
-    add("--data-dir", default="data", help="where cifar10 and cifar100 are, or are downloaded to")
+    add("--dataset", type=text, help="cifar10, cifar100 or an .npz (default: what the run was trained on)")
+    add("--data-dir", type=text, default="data", help="where cifar10 and cifar100 are, or are downloaded to")
     add("--batch-size", type=number(int, 1), default=0, help="images in one pass; 0: 64 on a CPU, else 250")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of every random start and query")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--state", type=file, metavar="FILE", help="save every finished attack here, and go on from there if it exists")
-    add("--json", type=file, metavar="FILE", help="write the numbers to this file")
-    add("--save-adv", type=file, metavar="FILE", help="write all adversarial images to this file, an .npz")
+    add("--device", type=text, default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--state", type=text, metavar="FILE", help="save every finished attack here, and go on from there if it exists")
+    add("--json", type=text, metavar="FILE", help="write the numbers to this file")
+    add("--save-adv", type=text, metavar="FILE", help="write all adversarial images to this file, an .npz")
     args = parser.parse_args()
     if args.weights and not args.model:
         parser.error("--weights needs --model")
-    args.training = training_of(args.run) if args.run else {}
+    inputs = [args.weights, args.dataset, (args.model or "").rpartition(":")[0]]
+    if args.run:
+        folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
+        inputs += [args.run, *(folder / name for name in RUN_FILES)]
+    outputs = {"--state": args.state, "--json": args.json, "--save-adv": args.save_adv}
+    console.check_outputs(outputs, filter(None, inputs))
+    args.training = training_of(folder) if args.run else {}
     args.eps = args.training.get("eps", 8.0) if args.eps is None else args.eps
     args.dataset = args.dataset or args.training.get("dataset")
     if 0 < args.eps < 1:
@@ -471,22 +539,27 @@ def parse_args():
     return args
 
 
-def training_of(run):
-    """What the folder of a run says of its training: config, seconds, last epoch; {} if nothing."""
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    path, metrics = folder / "config.json", folder / "metrics.jsonl"
-    if not path.exists():
+def training_of(folder):
+    """What a run's folder says of its training: config, and seconds and last epoch where it has them; {} if nothing."""
+    config, metrics = folder / "config.json", folder / "metrics.jsonl"
+    if not config.exists():
         return {}
     try:
-        training, path = dict(json.loads(path.read_text())), metrics
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return training | {"seconds": sum(row["seconds"] for row in rows), "last_epoch": rows[-1] if rows else None}
-    except (ValueError, TypeError, KeyError):
-        raise ContractError(f"{path} is damaged") from None
+        training, log = console.load_json(config), {"seconds": None, "last_epoch": None}
+        if not (0 <= training["eps"] <= 255 and isinstance(training["dataset"], str)):
+            raise ValueError
+    except (ValueError, TypeError, LookupError):
+        raise ContractError(f"{config} is damaged, or not that of a run: no eps or no data set") from None
+    try:
+        rows = console.load_json(metrics) if metrics.exists() else []
+        log = {"seconds": sum(row["seconds"] for row in rows), "last_epoch": rows[-1]} if rows else log
+    except (ValueError, TypeError, LookupError):  # only a log
+        console.note(f"{metrics} is damaged: the result says nothing of seconds and last epoch")
+    return training | log
 
 
 def load_model(path, device="cpu"):
-    """The network of a run folder (its model.pt) or one of its .pt files, in eval mode; OSError as load_file."""
+    """The network of a run folder (its model.pt) or of a .pt file in it, in eval mode; OSError as console.load_file."""
     path = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     checkpoint = path.with_name("checkpoint.pt")
     if path.name == "model.pt" and not path.exists() and checkpoint.exists():
@@ -496,40 +569,65 @@ def load_model(path, device="cpu"):
     try:
         if not isinstance(arguments, dict) or not isinstance(weights, dict):
             raise ValueError("no arguments or no state_dict")
+        if arguments["depth"] > len(weights):
+            raise ValueError(f"depth {arguments['depth']}, but {len(weights)} tensors")
+        with torch.device("meta"):  # without memory: sizes that do not fit the weights are noticed
+            WideResNet(**arguments).load_state_dict(weights, assign=True)
         model = WideResNet(**arguments)
         model.load_state_dict(weights)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever a damaged file makes of our own network
         raise OSError(f"{path} does not hold a WideResNet: {' '.join(str(error).split())[:200]}") from None
     return model.to(device, memory_format=layout(device)).eval()
 
 
 def load_network(args):
     """The network that the flags name, in eval mode on its device."""
-
     if args.run:
         return load_model(args.run, args.device).requires_grad_(False)  # less memory
     file, _, function = args.model.rpartition(":")
     if not Path(file).is_file():
         console.fail(f"--model {args.model}: there is no file {file!r}; it wants FILE:FUNCTION, my_net.py:make_model")
-    weights = args.weights and console.load_file(args.weights)
+    weights = console.load_file(args.weights) if args.weights else None
     ours = {name: sys.modules.pop(name) for name in ("common", "console", "wrn")}  # the file may import its own
     sys.path.insert(0, str(Path(file).absolute().parent))
     try:
         names = runpy.run_path(file)
         if function not in names:
             console.fail(f"--model {args.model}: there is no {function!r} in {file}")
-        model = names[function]()
+        model = make(names[function], args.model)
     except OSError as error:  # of the user's code, so not one line
         raise RuntimeError(f"--model {args.model}") from error
     finally:
         sys.modules.update(ours)
     if args.weights:
         load_weights(model, weights, args.weights)
-    return model.float().to(args.device).eval().requires_grad_(False)
+    if isinstance(model, torch.nn.Module):
+        model = model.float().to(args.device).eval()
+        for weight in model.parameters():  # requires_grad_ of the whole is not for TorchScript
+            weight.requires_grad_(False)
+    return model
+
+
+def make(factory, name):
+    """The network that a function without arguments returns, or that `factory` is itself; one line otherwise."""
+    model = factory
+    if not isinstance(factory, torch.nn.Module):
+        try:
+            inspect.signature(factory).bind()
+        except TypeError as error:  # no function, or one that wants arguments
+            console.fail(f"--model {name} must be a function that is called without arguments: {error}")
+        except ValueError:  # a builtin that does not say
+            pass
+        model = factory()
+    if not callable(model):
+        console.fail(f"--model {name} returns {kind(model)}, no network: is its return missing?")
+    return model
 
 
 def load_weights(model, content, path):
     """Of a state_dict or a checkpoint that holds one; DataParallel and torch.compile put prefixes before its names."""
+    if not isinstance(model, torch.nn.Module):
+        raise ContractError(f"--weights {path}: the network is {kind(model)}, which loads its weights itself")
     for key in ("state_dict", "model_state_dict", "model", "net"):
         content = content[key] if isinstance(content.get(key), dict) else content
     if content.keys() != model.state_dict().keys():
@@ -540,23 +638,32 @@ def load_weights(model, content, path):
         raise ContractError(f"{path} does not fit the network: {' '.join(str(error).split())[:300]}") from None
 
 
-def load_state(args, model, x, y):
+def load_state(args, model, x, y, clean):
     """What finished attacks left in the --state file, or the state of an evaluation that begins."""
     content = hashlib.sha256(Path(args.model.rpartition(":")[0]).read_bytes() if args.model else b"")
-    for tensor in filter(torch.is_tensor, (*model.state_dict().values(), x, y)):
+    weights = model.state_dict().values() if isinstance(model, torch.nn.Module) else ()
+    for tensor in filter(torch.is_tensor, (*weights, x, y, clean)):  # clean: for weights that are elsewhere
         content.update(tensor.cpu().flatten().contiguous().numpy().tobytes())
     settings = {"network and images": content.hexdigest()[:8]}
     flags = ("model", "eps", "steps", "restarts", "step_size", "search_precision", "seed")
     settings |= {flag: getattr(args, flag) for flag in flags}
-    if not args.state or not Path(args.state).exists():
+    if not args.state or not Path(args.state).is_file():
         return {"settings": settings, "masks": {}, "seconds": {}, "x_adv": x.clone()}
     state = console.load_file(args.state)
-    for key, value in settings.items():
-        before = state.get("settings", {}).get(key)
-        if before != value:
-            reason = f"{args.state} belongs to another evaluation ({key} was {before} there and is {value} now)"
-            raise ContractError(f"{reason}: delete it, or name another file")
-    masks = {label: mask.to(x.device) for label, mask in state["masks"].items()}
+    try:
+        for key, value in settings.items():
+            before = state.get("settings", {}).get(key)
+            if before != value:
+                reason = f"{args.state} belongs to another evaluation ({key} was {before} there and is {value} now)"
+                raise ContractError(f"{reason}: delete it, or name another file")
+        masks = {label: mask.to(x.device) for label, mask in state["masks"].items()}
+        sound = all(mask.dtype == torch.bool and mask.shape == y.shape for mask in masks.values())
+        sound &= all(isinstance(state["seconds"][label], float) for label in masks)
+        sound &= state["x_adv"].shape == x.shape and state["x_adv"].dtype == x.dtype
+    except (LookupError, TypeError, AttributeError):  # of another form
+        sound = False
+    if not sound:
+        raise ContractError(f"{args.state} is damaged: delete it, or name another file")
     return state | {"masks": masks, "x_adv": state["x_adv"].to(x.device)}
 
 
@@ -565,16 +672,29 @@ def evaluate(args):
     model, eps = load_network(args), args.eps / 255
     if not args.dataset:
         console.fail("give --dataset: cifar10, cifar100 or an .npz (no config.json of a run names one)")
-    data = common.Data(args.dataset, args.data_dir, args.device, ("test",))
+    data, failed = common.Data(args.dataset, args.data_dir, args.device, ("test",)), []
     x, y = data.test(args.n)
-    state = load_state(args, model, x, y)
-    masks, seconds, x_adv = state["masks"], state["seconds"], state["x_adv"]
-    of_pgd = {"steps": args.steps, "restarts": args.restarts, "step_size": args.step_size * eps}
-    options = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.search_precision}
+    x = x.contiguous()  # as most networks expect them
+    lacking = common.missing_classes(data.test_y, args.n, "test") if args.n else None
+    if lacking:
+        console.note(lacking)
+
+    def save(write, path, content):
+        """Write a file; if that fails, the numbers are still printed and the other files written."""
+        try:
+            write(path, content)
+        except OSError as error:
+            failed.append(f"cannot write {path}: {error.strerror}")
+            console.note(failed[-1])
+
     start = time.perf_counter()
     doubts = check_network(model, x, y, eps, args.batch_size)
-    masks["clean"] = predict(model, x, args.batch_size) == y
-    seconds["clean"] = time.perf_counter() - start
+    clean = predict(model, x, args.batch_size)
+    state = load_state(args, model, x, y, clean)
+    masks, seconds, x_adv = state["masks"], state["seconds"], state["x_adv"]
+    masks["clean"], seconds["clean"] = clean == y, time.perf_counter() - start
+    of_pgd = {"steps": args.steps, "restarts": args.restarts, "step_size": args.step_size * eps}
+    options = {"batch_size": args.batch_size, "seed": args.seed, "precision": args.search_precision}
 
     def attack(label, name, before=()):
         """(unbroken images, adversarial images), as `before` is; from the state, if the attack is finished there."""
@@ -592,7 +712,7 @@ def evaluate(args):
         new = torch.stack([~robust, *masks.values()]).all(0)
         x_adv[new], masks[label], seconds[label] = found[new], robust, time.perf_counter() - start
         if args.state:
-            console.write_torch(args.state, state)
+            save(console.write_torch, args.state, state)
         line.clear()
         return robust, x_adv
 
@@ -613,17 +733,19 @@ def evaluate(args):
     robust = percent(torch.stack([masks[label] for label in accuracy]).all(0))
     if args.json:
         result = {"clean": accuracy["clean"], "robust": robust, "attacks": {label: accuracy[label] for label in labels}}
-        result |= {"autoattack_parts": parts, "n": len(y), "eps": args.eps, "warnings": doubts}
+        result |= {"autoattack_parts": parts, "n": len(y), "eps": args.eps}
+        result |= {"steps": args.steps, "restarts": args.restarts, "step_size": args.step_size}  # of PGD
+        result |= {"warnings": [lacking, *doubts] if lacking else doubts}
         result |= {"seconds": sum(seconds[label] for label in accuracy), "dataset": data.name, "seed": args.seed}
         result |= {"seconds_per_attack": {label: seconds[label] for label in labels}}
         result |= {"search_precision": args.search_precision, **console.versions(args.device)}
         result["training"] = args.training if args.run else None
-        console.write_file(args.json, json.dumps(result, indent=1) + "\n")
+        save(console.write_file, args.json, json.dumps(result, indent=1) + "\n")
     if args.save_adv:
         verdict = is_adversarial(model, x, x_adv, y, eps, args.batch_size)
         arrays, file = {"x": x_adv.permute(0, 2, 3, 1), "y": y, "adversarial": verdict}, io.BytesIO()
         np.savez_compressed(file, **{key: value.cpu().numpy() for key, value in arrays.items()}, eps=args.eps)
-        console.write_file(args.save_adv, file.getbuffer())
+        save(console.write_file, args.save_adv, file.getbuffer())
     # Only now, so that a reader of stdout that has gone away costs nothing.
     print(f"network  {args.run or args.model}, {args.device}, search in {args.search_precision}, verdicts in fp32")
     print(f"images   first {len(y):,} test images of {data.name}, eps {args.eps:g}/255")
@@ -636,6 +758,8 @@ def evaluate(args):
         print(f"{'all together':<16}{robust:>10.2f}")
     for doubt in doubts:
         print(f"warning: {doubt}")
+    if failed:
+        console.fail(failed[0])
 
 
 def main():
@@ -646,7 +770,8 @@ def main():
     except ContractError as error:
         console.fail(error)
     except KeyboardInterrupt:
-        console.fail("interrupted" + f": the same command goes on from {args.state}" * bool(args.state), 130)
+        more = f": the same command goes on from {args.state}" if args.state else ""
+        console.fail(f"interrupted{more}", 130)
 
 
 if __name__ == "__main__":

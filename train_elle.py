@@ -73,9 +73,9 @@ def main():
     model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
     model.to(args.device, memory_format=layout(args.device))
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
-    run = Run(args, model, optimizer, data)
+    zeros = {k: torch.zeros((), device=args.device) for k in ("lambda", "count", "mean", "squares")}
+    run = Run(args, model, optimizer, data, extra=zeros)
     eps, steps = args.eps / 255, data.steps(args.batch_size)
-    run.extra = run.extra or {k: torch.zeros((), device=args.device) for k in ("lambda", "count", "mean", "squares")}
     for epoch in range(run.epoch, args.epochs):
         model.train()
         for i, (x, y) in enumerate(data.batches(epoch, args.batch_size, args.seed)):

@@ -43,9 +43,8 @@ def main():
     model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
     model.to(args.device, memory_format=layout(args.device))
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
-    run = Run(args, model, optimizer, data, replays=args.replays)
+    run = Run(args, model, optimizer, data, replays=args.replays, extra={"delta": 0})
     eps, steps = args.eps / 255, data.steps(args.batch_size)
-    delta = run.extra.get("delta", 0)
     for epoch in range(run.epoch, args.epochs):
         model.train()
         for i, (x, y) in enumerate(data.batches(epoch, args.batch_size, args.seed)):
@@ -53,13 +52,13 @@ def main():
                 progress = (epoch * steps + i + replay / args.replays) / (args.epochs * steps)
                 lr, momentum = common.cyclic(progress, args.lr_max, args.momentum_cycle)
                 optimizer.param_groups[0].update(lr=lr, momentum=momentum)
-                x_adv = (x + delta).clamp(0, 1).requires_grad_()
+                x_adv = (x + run.extra["delta"]).clamp(0, 1).requires_grad_()
                 with common.autocast(args):
                     logits = model(x_adv)
                     loss = F.cross_entropy(logits, y)
                 optimizer.zero_grad()
                 loss.backward()
-                delta = run.extra["delta"] = free(x, x_adv.detach(), x_adv.grad, eps)
+                run.extra["delta"] = free(x, x_adv.detach(), x_adv.grad, eps)
                 optimizer.step()
                 run.log(loss, logits, y)
         run.end_epoch()

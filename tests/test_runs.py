@@ -224,7 +224,7 @@ def test_an_epoch_with_weights_or_losses_that_are_not_finite_is_not_saved(refuse
      ("fgsm", "--seed -1", "--seed"),
      ("fgsm", "--device cuda:77", "no device 'cuda:77'"), ("fgsm", "--device tpu", "no device 'tpu'"),
      ("fgsm", "--precision fp16", "--precision"), ("fgsm", "--dataset imagenet", "no data set 'imagenet'"),
-     ("fgsm", "--resume", "no run to resume"), ("fgsm", "--resume --overwrite", "--overwrite"),
+     ("fgsm", "--resume --overwrite", "--overwrite"),
      ("fgsm", "--alpha 8", "8 is out of range"), ("fgsm", "extra", "unrecognized arguments: extra"),
      ("slat", "--layers 0,conv9", "'conv9' is unknown"), ("slat", "--layers 0,0", "'0' is unknown or twice"),
      ("slat", "--layers ,", "''"), ("slat", "--input-step x", "--input-step"),

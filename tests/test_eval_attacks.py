@@ -2,11 +2,17 @@ import argparse
 import collections
 import contextlib
 import functools
+import itertools
 import json
+import math
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -178,6 +184,9 @@ CALLS = {
     "eps in pixels": (X, Y, 8, r"eps must be a number in \[0, 1\], such as 8 / 255, not 8"),
     "eps below 0": (X, Y, -EPS, "eps must be a number"),
     "eps is nan": (X, Y, float("nan"), "eps must be a number"),
+    "eps is text": (X, Y, "8/255", "eps must be a number in .*, not str"),
+    "eps is None": (X, Y, None, "eps must be a number in .*, not NoneType"),
+    "eps is a tensor": (X, Y, torch.tensor(EPS), "eps must be a number in .*, not torch.float32"),
     "one-hot": (X, F.one_hot(Y), EPS, "one class index for each of 6 images"),
     "float labels": (X, Y.double(), EPS, "one class index for each of 6 images"),
     "labels too few": (X, Y[:5], EPS, r"each of 6 images, not torch.int64 \(5,\)"),
@@ -200,6 +209,21 @@ NETWORKS = {
     "randomised": (Net(lambda f, x: F.dropout(f(x))), "the network is randomised: two equal passes differ"),
     "not finite": (Net(lambda f, x: f(x) / (x.amax((1, 2, 3)) < 0.9)[:, None]), "the logits are not finite at"),
 }
+# What must not blind the checks: a large offset, a masked class.
+VEILS = {
+    "offset": lambda logits: logits - 1000,
+    "-1e9": lambda logits: F.pad(logits, (0, 1), value=-1e9),
+    "-inf": lambda logits: F.pad(logits, (1, 0), value=-math.inf).roll(-1, 1),
+    "two of five": lambda logits: F.pad(logits, (0, 2), value=-1e9),
+}
+SHAKY = {
+    "dropout": (lambda f, x: f(F.dropout(x, 0.3)), "the network is randomised"),
+    "batch": (lambda f, x: f(x) + x[:1].mean(), None),  # moves no difference
+    "batch statistics": (lambda f, x: f(x - x.mean(0)), "an image's logits depend on its batch"),
+}
+for (veil, hide), (name, (twist, message)) in itertools.product(VEILS.items(), SHAKY.items()):
+    if message:
+        NETWORKS[f"{name} behind {veil}"] = Net(lambda f, x, hide=hide, twist=twist: hide(twist(f, x))), message
 BROKEN = {name: (Linear(3), *rest) for name, rest in CALLS.items()}
 # Three images: with their opposites, six in the first pass.
 BROKEN |= {name: (model, X[:3], Y[:3], EPS, message) for name, (model, message) in NETWORKS.items()}
@@ -240,6 +264,131 @@ def test_a_search_in_float16_is_refused():
             pgd(Linear(3), X, Y, EPS)
         found = pgd(Linear(3), X, Y, 0.1, precision="bf16")[0]
     assert torch.equal(found, pgd(Linear(3), X, Y, 0.1)[0])
+
+
+@every_attack
+@pytest.mark.parametrize("veil", VEILS)
+def test_an_offset_or_a_masked_class_changes_nothing(name, veil):
+    """Neither is refused, and the same images are broken."""
+    attack, y = functools.partial(ATTACKS[name], **SHORT[name]), predict(Linear(3), X)
+    plain = attack(Linear(3), X, y, 0.1)[0]
+    found, x_adv = attack(Net(lambda f, x: VEILS[veil](f(x))), X, y, 0.1)
+    assert x_adv.isfinite().all() and 0 < plain.sum() < 6
+    assert torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("chance", [0.5, 0.25])
+def test_randomness_that_is_rare_is_refused_in_the_end(trained, chance):
+    """A network that flips images, or resizes them, now and then passes a few passes by luck."""
+    model, x, y = trained
+    dice, refused = random.Random(0), 0
+    for _ in range(10):
+
+        def flips(images):
+            return model(images.flip(3) if dice.random() < chance else images)
+
+        try:
+            pgd(flips, x, y, EPS, steps=5, restarts=1)
+        except ContractError as error:
+            refused += "the network is randomised" in str(error)
+    assert refused == 10
+
+
+def test_a_network_that_is_random_for_single_images_breaks_none_by_luck():
+    """It passes all passes over clean images, but its verdicts on others do not last."""
+    torch.manual_seed(0)
+
+    def lucky(f, x):
+        new = (x[:, None] != torch.cat([X, 1 - X])).flatten(2).any(2).all(1)
+        return f(x).roll(1, 1) * (new & (torch.rand(len(x)) < 0.3))[:, None] + f(x)
+
+    with pytest.raises(ContractError, match="the network is randomised"):
+        square(Net(lucky), X, predict(Linear(3), X), 0.01, queries=50)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("attack", [square, fab])
+def test_logits_that_are_not_finite_break_no_image(attack, bad):
+    """Between the image and the boundary, where they would be the first thing that is found."""
+
+    def brittle(f, x):
+        far = (x - X[: len(x)]).abs().flatten(1).amax(1) > 0.02 if len(x) == len(X) else torch.zeros(len(x)).bool()
+        return f(x) + torch.where(far, bad, 0.0)[:, None]
+
+    options = {"queries": 50} if attack is square else {"steps": 20}
+    robust, x_adv = attack(Net(brittle), X, predict(Linear(3), X), 0.3, batch_size=6, **options)
+    assert x_adv.isfinite().all()
+    within = (x_adv - X).abs().flatten(1).amax(1) <= 0.02
+    assert (robust | within).all() and robust.any()
+
+
+@every_attack
+def test_logits_in_float64_of_a_network_in_float32(name):
+    model, x = Linear(3).float(), X.float()
+    y, attack = predict(model, x), functools.partial(ATTACKS[name], **SHORT[name])
+    found = attack(lambda images: model(images).double(), x, y, 0.1)
+    assert found[1].dtype == torch.float32 and torch.equal(found[0], attack(model, x, y, 0.1)[0])
+
+
+@pytest.mark.parametrize("option", [{"steps": 20}, {"restarts": 2}, {"targets": 3}, {"queries": 9}])
+def test_autoattack_has_no_budget_to_set(option):
+    def never(_):
+        raise AssertionError("something ran")
+
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        autoattack(never, X, Y, EPS, **option)
+    with pytest.raises(ContractError, match="precision must be 'fp32', 'bf16' or None, not 'fp16'"):
+        autoattack(never, X, Y, EPS, precision="fp16")
+    with pytest.raises(ContractError, match="step_size must be in .0, 1., .* not 2"):
+        pgd(never, X, Y, EPS, step_size=2)
+
+
+def test_the_part_to_copy_works_in_a_notebook():
+    """Where there is no __file__ and no other file of ours; warnings included."""
+    part = Path(eval_attacks.__file__).read_text().partition("# ------")[0]
+    names = {"__name__": "__main__"}
+    exec(part, names)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        robust, _ = names["autoattack"](Linear(3), X, predict(Linear(3), X), 0.1)
+    assert any("3 classes" in str(warning.message) for warning in found)
+    assert torch.equal(robust, autoattack_quietly(Linear(3), X, predict(Linear(3), X), 0.1))
+
+
+def autoattack_quietly(*args):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return autoattack(*args)[0]
+
+
+def test_the_whole_file_can_be_copied_alone(tmp_path):
+    """With torch and nothing of ours next to it."""
+    shutil.copy(eval_attacks.__file__, tmp_path)
+    code = "import eval_attacks; print(eval_attacks.pgd.__name__)"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, text=True).stdout == "pgd\n"
+
+
+CONVOLUTION = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3))
+SCRIPTS = {
+    "scripted": lambda net, x: torch.jit.script(net),
+    "traced": lambda net, x: torch.jit.trace(net, x[:3]),
+    "frozen": lambda net, x: torch.jit.freeze(torch.jit.script(net)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_torchscript(name):
+    torch.manual_seed(0)
+    net, x = CONVOLUTION.eval(), torch.rand(12, 3, 8, 8)
+    y, script = predict(net, x), SCRIPTS[name](net, x)
+    for attack in (functools.partial(pgd, steps=5), functools.partial(square, queries=20)):
+        assert torch.equal(attack(script, x, y, EPS)[0], attack(net, x, y, EPS)[0])
+    if name == "traced":  # with the batch size in its code
+        fixed = torch.jit.trace(lambda images: images.view(3, 192)[:, :4] + 0, x[:3])
+        with pytest.raises(ContractError, match="^the TorchScript network fails on a batch of 8 .*shape"):
+            pgd(fixed, x, y, EPS)
 
 
 def stuck(linear, x):
@@ -463,7 +612,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(cli, run, tmp
         (f"{flags} --eps 4 --state {state}", "another evaluation (eps was 8.0 there and is 4.0 now"),
         (f"{flags} --step-size 1 --state {state}", "another evaluation (step_size was 0.25 there and is 1.0 now"),
         (f"{flags} --search-precision bf16 --state {state}", "another evaluation (search_precision was fp32 there"),
-        (f"{flags} --state {run}/model.pt", "another evaluation (network and images was None"),
+        (f"{flags} --state {tmp_path}/other.pt", "another evaluation (network and images was None"),
         (f"{flags} --state {tmp_path}/short.pt", "short.pt is damaged"),
     ):
         code, _, err = cli(eval_attacks, mismatch)

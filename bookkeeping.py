@@ -159,10 +159,10 @@ class Run:
                 if own["momentum_buffer"].shape != weight.shape:
                     raise ValueError("momentum of another shape")
             self.rows, self.epoch = state["rows"], len(state["rows"])
-            numbers = [row[key] for row in self.rows for key in ("loss", "train_acc", "seconds")]
-            numbers += [row[key] for row in self.rows[:-1] for key in ("train_pgd10", "monitor_seconds")]
             if [row["epoch"] for row in self.rows] != [*range(1, self.epoch + 1)] or not 0 < self.epoch <= args.epochs:
                 raise ValueError("its epochs are not those of this run")
+            numbers = [row[key] for row in self.rows for key in ("loss", "train_acc", "seconds")]
+            numbers += [row[key] for row in self.rows[:-1] for key in ("train_pgd10", "monitor_seconds")]
             if not all(isinstance(value, (int, float)) for value in numbers):
                 raise TypeError("its accuracies are no numbers")
             if state["extra"].keys() != self.extra.keys():

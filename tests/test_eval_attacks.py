@@ -1,6 +1,7 @@
 import argparse
 import collections
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -387,7 +388,7 @@ def test_torchscript(name):
         assert torch.equal(attack(script, x, y, EPS)[0], attack(net, x, y, EPS)[0])
     if name == "traced":  # with the batch size in its code
         fixed = torch.jit.trace(lambda images: images.view(3, 192)[:, :4] + 0, x[:3])
-        with pytest.raises(ContractError, match="^the TorchScript network fails on a batch of 8 .*shape"):
+        with pytest.raises(ContractError, match="^the TorchScript network fails on a batch of 8: .*shape"):
             pgd(fixed, x, y, EPS)
 
 
@@ -630,6 +631,99 @@ def test_adversarial_images_are_saved_as_what_they_are(cli, run, tiny, tmp_path)
     assert torch.equal(is_adversarial(load_model(run), x, x_adv, y, 8.5 / 255), adversarial)
 
 
+@pytest.mark.parametrize("flag", ["state", "json", "save-adv"])
+def test_a_write_that_fails_after_the_attack_loses_no_number(cli, run, tmp_path, monkeypatch, flag):
+    """The table, the other files, and then the error."""
+    names = {name: tmp_path / name for name in ("state", "json", "save-adv")}
+    plain = console.write_file
+
+    def full(path, content):
+        if Path(path) == names[flag]:
+            raise OSError(28, "No space left on device", str(path))
+        plain(path, content)
+
+    monkeypatch.setattr(console, "write_file", full)
+    flags = " ".join(f"--{name} {path}" for name, path in names.items())
+    code, out, err = cli(eval_attacks, f"{run} --steps 2 --restarts 1 --n 50 {flags}")
+    assert (
+        code == 2
+        and re.search(r"^pgd-2-1 +\d", out, re.M)
+        and {f.name for f in tmp_path.iterdir()} == names.keys() - {flag}
+    )
+    assert err.endswith(f"eval_attacks.py: error: cannot write {names[flag]}: No space left on device\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names a pipe by its descriptor")
+def test_json_into_a_pipe(run):
+    command = [sys.executable, "eval_attacks.py", str(run), "--steps=1", "--restarts=1", "--json=/dev/fd/1"]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    found, end = json.JSONDecoder().raw_decode(out)
+    assert found["steps"] == 1 and found["step_size"] == 0.25 and "pgd-1-1" in out[end:]
+
+
+def test_outputs_are_not_inputs(cli, run, net, tmp_path):
+    for flags in (f"{run} --json {run}/metrics.jsonl", f"{run}/best.pt --state {run}/model.pt",
+                  f"{run} --json {tmp_path}/a --save-adv {tmp_path}/a", f"{net} --save-adv {tmp_path}/net.py",
+                  f"{run} --dataset {tmp_path}/net.py --json {tmp_path}/net.py"):  # fmt: skip
+        code, _, err = cli(eval_attacks, flags)
+        assert code == 2 and err.count("\n") == 1 and "too: name another file" in err, err
+
+
+DAMAGES = {
+    "no masks": lambda s: s.pop("masks"),
+    "masks of another type": lambda s: s.update(masks=[1]),
+    "numbers for a mask": lambda s: s["masks"].update({"pgd-2-1": torch.zeros(50)}),
+    "a mask too short": lambda s: s["masks"].update({"pgd-2-1": torch.ones(49, dtype=torch.bool)}),
+    "no seconds": lambda s: s["seconds"].clear(),
+    "seconds in words": lambda s: s["seconds"].update({"pgd-2-1": "3 s"}),
+    "images too few": lambda s: s.update(x_adv=s["x_adv"][:49]),
+    "no images": lambda s: s.pop("x_adv"),
+    "settings of another type": lambda s: s.update(settings=3),
+}
+
+
+def test_a_state_that_was_tampered_with_is_one_line(cli, run, tmp_path):
+    path = tmp_path / "state"
+    flags = f"{run} --steps 2 --restarts 1 --n 50 --state {path}"
+    assert cli(eval_attacks, flags)[0] == 0
+    good = torch.load(path)
+    for name, damage in DAMAGES.items():
+        state = copy.deepcopy(good)
+        damage(state)
+        torch.save(state, path)
+        code, _, err = cli(eval_attacks, flags)
+        assert code == 2 and err.count("\n") == 1 and "state is damaged: delete it" in err, (name, err)
+
+
+def test_a_damaged_config_is_one_line_and_a_damaged_log_a_note(cli, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    flags, config = f"{folder} --steps 1 --restarts 1", (folder / "config.json").read_text()
+    whole, _, _ = result(cli, flags, tmp_path / "r.json")
+    for content in (
+        "",
+        "{}",
+        "[1]",
+        "[" * 200_000,
+        '{"eps": "8", "dataset": "x"}',
+        '{"eps": 8}',
+        '{"eps": -1, "dataset": ""}',
+    ):
+        (folder / "config.json").write_text(content)
+        code, _, err = cli(eval_attacks, flags)
+        assert code == 2 and err.count("\n") == 1 and "config.json is damaged, or not that of a run" in err, err
+    (folder / "config.json").write_text(config)
+    for content in ("{", "[1]", '{"epoch": 1}', "\n".join(["[" * 99_999] * 2)):
+        (folder / "metrics.jsonl").write_text(content)
+        found, _, err = result(cli, flags, tmp_path / "r.json")
+        assert err.startswith("note: ") and err.count("\n") == 1 and "metrics.jsonl is damaged" in err
+        assert found["attacks"] == whole["attacks"] and found["training"]["seconds"] is None
+
+
+def test_images_of_some_classes_only_are_said(cli, run, tmp_path):
+    found, _, err = result(cli, f"{run} --steps 1 --restarts 1 --n 20", tmp_path / "r.json")
+    assert err == "note: the first 20 test images show 8 of 10 classes\n" and found["warnings"][0] in err
+
+
 NETWORK = """
 import torch
 from wrn import SHIFT
@@ -638,6 +732,25 @@ def make_model():
 twin = make_model
 def broken():
     return open("/no/such/file")
+def wants(size):
+    return make_model()
+def nothing():
+    make_model()
+def function():
+    return make_model().forward
+def viewing():
+    class View(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 2, 3, padding=1)
+        def forward(self, x):
+            return self.conv(x).view(len(x), -1)[:, :12]
+    return View()
+def script():
+    return torch.jit.script(make_model())
+def frozen():
+    return torch.jit.freeze(torch.jit.script(make_model().eval()))
+module = make_model()
 def tuples():
     class Tuples(torch.nn.Linear):
         def forward(self, x):
@@ -704,6 +817,38 @@ def test_weights_that_do_not_fit(cli, net, tmp_path, content, message):
     assert code == 2 and re.search(message, err) and err.count("\n") == 1, err
 
 
+@pytest.mark.parametrize("name", ["function", "viewing", "script", "frozen", "module"])
+def test_other_kinds_of_networks(cli, net, tmp_path, name):
+    found, _, err = result(cli, net.replace("make_model", name), tmp_path / "r.json")
+    assert not err.replace("note: the first 30 test images show 9 of 10 classes\n", "")
+    assert 0 <= found["robust"] <= found["clean"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wants", "wants must be a function that is called without arguments: missing a required argument: 'size'"),
+        ("SHIFT", "SHIFT must be a function that is called without arguments: 2 is not a callable object"),
+        ("nothing", "nothing returns NoneType, no network: is its return missing?"),
+        ("function --weights {}", "the network is method, which loads its weights itself"),
+    ],
+)
+def test_what_is_no_network_is_one_line(cli, net, tmp_path, name, message):
+    torch.save({}, tmp_path / "w.pt")
+    code, _, err = cli(eval_attacks, net.replace("make_model", name.format(tmp_path / "w.pt")))
+    assert code == 2 and err.count("\n") == 1 and message in err, err
+
+
+def test_a_state_knows_weights_that_are_nowhere_to_be_seen(cli, net, tmp_path):
+    """Those of a plain function, and constants of a frozen TorchScript module."""
+    for name in ("function", "frozen"):
+        flags = f"{net.replace('make_model', name)} --state {tmp_path}/{name}.pt"
+        for seed, code in ((0, 0), (0, 0), (1, 2)):
+            torch.manual_seed(seed)
+            found, _, err = cli(eval_attacks, flags)
+            assert found == code and ("another evaluation (network and images was" in err) == bool(code)
+
+
 def test_errors_in_the_users_code_keep_their_traceback(cli, net):
     with pytest.raises(AttributeError, match="no_such_thing"):
         cli(eval_attacks, net.replace("make_model", "tuples"))
@@ -740,6 +885,11 @@ def test_an_npz_of_test_images_is_enough(cli, run, tmp_path):
         ("{net}", "give --dataset"),
         ("runs/x --model x.py:f", "not allowed with argument"),
         ("runs/x --weights w.pt", "--weights needs --model"),
+        ("{net} --weights=", "argument --weights: the value is empty"),
+        ("{run} --dataset=", "argument --dataset: the value is empty"),
+        ("--model= --dataset x", "argument --model: the value is empty"),
+        ("{run} --json=", "argument --json: the value is empty"),
+        ("{run} --state=--", "argument --state: '--' is no value"),
         ("{net}_none", "there is no 'make_model_none' in"),
     ],
 )

@@ -314,6 +314,40 @@ def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, ref
     refused(train_fgsm, f"{flags} --resume --seed 1", "damaged")
 
 
+def test_resume_begins_a_run_where_there_is_none(cli, tmp_path):
+    """So that one line can be started, killed and requeued; elsewhere than where it began, and with its data moved."""
+    run, data = tmp_path / "run", tmp_path / "data.npz"
+    shutil.copy(SMALL.split()[1], data)
+    line = SMALL.replace(SMALL.split()[1], "{}") + f" --epochs 2 --out {run} --resume"
+    for begun in (False, True):
+        code, out, err = cli(train_fgsm, line.format(data))
+        assert code == 0 and ("resumed  after epoch 2 of 2" in out) == begun
+        assert err == ("" if begun else f"note: there is no run in {run} yet: this one begins\n")
+        data = data.rename(tmp_path / "elsewhere.npz")
+
+
+def test_other_labels_are_other_data(refused, finished, tmp_path):
+    """Images, mean and deviation are the same."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    with np.load(SMALL.split()[1]) as file:
+        np.savez(tmp_path / "data.npz", **dict(file) | {"train_y": file["train_y"][[1, 0, *range(2, 128)]]})
+    flags = f"{FINISHED} --out {run} --resume --dataset {tmp_path}/data.npz"
+    refused(train_fgsm, flags, "cannot resume", "data was {")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links")
+def test_files_of_a_run_may_be_links(cli, tmp_path):
+    """To a larger disk; --overwrite replaces what they lead to."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    for name in ("checkpoint.pt", "metrics.jsonl"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "disk" / name)
+    for more in ("", "--overwrite"):
+        assert cli(train_fgsm, f"{SMALL} --epochs 1 --out {tmp_path}/run {more}")[0] == 0
+        assert {path.name for path in (tmp_path / "disk").iterdir()} == {"checkpoint.pt", "metrics.jsonl"}
+        assert (tmp_path / "run/checkpoint.pt").is_symlink()
+
+
 def test_a_download_that_fails_names_the_flags_for_local_data(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", mock.Mock(side_effect=OSError("no route to host")))
     flags = f"--eps 8 --layers 0,conv1,conv2 --out {tmp_path / 'run'}"
@@ -388,6 +422,10 @@ def test_wrong_and_hostile_weights(finished, tmp_path):
         (good | {"state_dict": weights | {"fc.bias": "hello"}}, ""),
         (good | {"arguments": "hello"}, "no arguments"),
         (good | {"arguments": arguments | {"depth": 11}}, "6n"),
+        (good | {"arguments": arguments | {"depth": 600004}}, "depth 600004, but"),
+        (good | {"arguments": arguments | {"depth": "10"}}, "not supported"),
+        (good | {"arguments": arguments | {"width": 10**9}}, "size mismatch|overflow"),
+        (good | {"arguments": arguments | {"mean": None}}, ""),
         (good | {"arguments": arguments | {"activation": "silu"}}, "unexpected keyword argument"),
         (good | {"arguments": arguments | {"width": 2}}, "size mismatch"),
         (good | {"state_dict": {k: v for k, v in weights.items() if k != "fc.bias"}}, 'missing.*"fc.bias"'),
@@ -452,6 +490,13 @@ def test_a_flipped_bit_is_noticed(finished, tmp_path):
         (lambda s: s.update(rng=5), 2, "does not fit"),
         (lambda s: s.update(rows=5), 2, "does not fit"),
         (lambda s: s.update(rows=[]), 2, "does not fit"),
+        (lambda s: s["rows"][-1].update(epoch=-1), 2, "does not fit this run: its epochs are not those"),
+        (lambda s: s["rows"][-1].update(epoch=2.5), 2, "does not fit this run: its epochs are not those"),
+        (lambda s: s.update(rows=2 * s["rows"]), 2, "does not fit this run: its epochs are not those"),
+        (lambda s: s["rows"][0].pop("train_pgd10"), 2, "does not fit"),
+        (lambda s: s["rows"][-1].update(seconds="3 s"), 2, "does not fit"),
+        (lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.ones(3)), 2, "momentum of another shape"),
+        (lambda s: s.update(extra={"delta": torch.ones(3)}), 2, "it carries ['delta'], the method []"),
         (lambda s: s["state_dict"].pop("fc.bias"), 2, "does not fit"),
         (lambda s: s["state_dict"]["fc.bias"].fill_(float("nan")), 1, "not finite"),
     ],
@@ -466,7 +511,7 @@ def test_wrong_checkpoints(refused, finished, tmp_path, change, code, message):
     refused(train_fgsm, f"{FINISHED} --epochs 4 --out {run} --resume", message, code=code)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "3", '"a"', "{}", '{"method": "slat"}'])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3", '"a"', "[" * 200_000, "{}", '{"method": "slat"}'])
 def test_a_damaged_config(refused, finished, tmp_path, content):
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "config.json").write_text(content)

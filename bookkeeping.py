@@ -1,4 +1,4 @@
-"""What a script does besides training: run folder, progress line, checkpoint, accuracies after an epoch."""
+"""What happens besides training: accuracies after an epoch, run folder, progress line, checkpoint. Steers nothing."""
 
 import json
 import os
@@ -21,6 +21,46 @@ ROW += "{train_clean:11.1f} {train_fgsm:5.1f} {train_pgd10:5.1f}"
 LOCKS = {}  # {folder: file descriptor}; a lock goes when its process ends, however it ends
 
 
+def monitor(model, x, y, eps, batch_size):
+    """Clean, FGSM and PGD-10 accuracy in per cent and gradient alignment of a network in eval mode: a quick look.
+
+    clean and fgsm are judged in the precision around the call; fgsm is the plain accuracy on x + eps sign(grad), so it
+    can exceed clean (label leaking). pgd10 is eval_attacks.pgd with 10 steps of eps / 4 from one fixed random start.
+    alignment is the mean cosine of the gradients at x and at x + u, u ~ U(-eps, eps) (Andriushchenko & Flammarion 2020,
+    arXiv:2007.02617, eq. 3).
+    """
+
+    def at(x):
+        parts = zip(x.split(batch_size), y.split(batch_size))
+        logits, _, gradient = zip(*(ascend(model, part, cross_entropy, label) for part, label in parts))
+        return percent(torch.cat(logits).argmax(1) == y), torch.cat(gradient)
+
+    clean, gradient = at(x)
+    u = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) * 2 - 1
+    return {
+        "clean": clean,
+        "fgsm": at((x + eps * gradient.sign()).clamp(0, 1))[0],
+        "pgd10": percent(pgd(model, x, y, eps, steps=10, restarts=1, batch_size=batch_size)[0]),
+        "alignment": F.cosine_similarity(gradient.flatten(1), at(x + eps * u)[1].flatten(1)).mean().item(),
+    }
+
+
+def overfitting(row, classes):
+    """What is suspicious about the accuracies of an epoch, or None; the margins are above the noise of 100 images.
+
+    A network that is robust to FGSM but not to PGD has overfitted catastrophically (Wong et al. 2020), if it has learnt
+    anything: without attack or under FGSM it is right twice as often as by guessing. One that knows FGSM images better
+    than clean ones reads the label off the perturbation (Kurakin et al. 2017, arXiv:1611.01236).
+    """
+    clean, fgsm, pgd10 = row["test_clean"], row["test_fgsm"], row["test_pgd10"]
+    found = []
+    if pgd10 < fgsm / 2 and pgd10 < fgsm - 10 and max(clean, fgsm) >= 200 / classes:
+        found.append(f"catastrophic overfitting: PGD-10 accuracy {pgd10:.1f} % where FGSM accuracy is {fgsm:.1f} %")
+    if fgsm > clean + 2:
+        found.append(f"label leaking: FGSM accuracy {fgsm:.1f} % exceeds clean accuracy {clean:.1f} %")
+    return ", ".join(found) or None
+
+
 class Run:
     """A run's folder, its counters and what is printed. Nothing here decides how training goes on.
 
@@ -35,7 +75,6 @@ class Run:
         resumed = self._open_folder()
         if resumed and (self.out / "checkpoint.pt").exists():  # there is none if it was killed in its first epoch
             self._load_checkpoint()
-        optimizer.param_groups[0]["fused"] = args.device.startswith("cuda") or None  # one kernel for all weights
         count, n, n_test = sum(p.numel() for p in model.parameters()), len(data.train_y), len(data.test_y)
         print(f"network  WRN-{args.depth}-{args.width}, {count / 1e6:.1f} M parameters, dropout {args.dropout}")
         print(f"data     {data.name}: {n:,} training, {n_test:,} test images, {len(data.classes)} classes")
@@ -130,7 +169,7 @@ class Run:
                     fail(f"epoch {self.epoch} is saved but cannot be measured ({error}): try a lower --lr-max", 1)
                 row |= {f"{split}_{name}": value for name, value in found.items()}
         row |= {"alignment": row.pop("test_alignment"), "monitor_seconds": time.perf_counter() - start}
-        row["warning"] = overfitting(row)
+        row["warning"] = overfitting(row, len(self.data.classes))
         # Chosen on training images, never on test images (Andriushchenko & Flammarion 2020).
         if row["train_pgd10"] > max((earlier["train_pgd10"] for earlier in self.rows[:-1]), default=-1):
             write_torch(self.out / "best.pt", self._weights())
@@ -154,6 +193,7 @@ class Run:
         try:
             state = load_file(path)
             self.model.load_state_dict(state["state_dict"])
+            state["optimizer"]["param_groups"] = self.optimizer.state_dict()["param_groups"]  # those of this script
             self.optimizer.load_state_dict(state["optimizer"])
             for weight, own in self.optimizer.state.items():  # which torch does not compare
                 if own["momentum_buffer"].shape != weight.shape:
@@ -197,40 +237,3 @@ def device_rng(device, state=None):
     if gpu and state is not None:
         gpu.set_rng_state(state, *where)
     return gpu and gpu.get_rng_state(*where)
-
-
-def monitor(model, x, y, eps, batch_size):
-    """Clean, FGSM and PGD-10 accuracy in per cent and gradient alignment of a network in eval mode: a quick look.
-
-    clean and fgsm are judged in the precision around the call; fgsm is the plain accuracy on x + eps sign(grad), so it
-    can exceed clean (label leaking). pgd10 is eval_attacks.pgd with 10 steps of eps / 4 from one fixed random start.
-    alignment is the mean cosine of the gradients at x and at x + u, u ~ U(-eps, eps) (Andriushchenko & Flammarion 2020,
-    arXiv:2007.02617, eq. 3).
-    """
-
-    def at(x):
-        parts = zip(x.split(batch_size), y.split(batch_size))
-        logits, _, gradient = zip(*(ascend(model, part, cross_entropy, label) for part, label in parts))
-        return percent(torch.cat(logits).argmax(1) == y), torch.cat(gradient)
-
-    clean, gradient = at(x)
-    u = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) * 2 - 1
-    return {
-        "clean": clean,
-        "fgsm": at((x + eps * gradient.sign()).clamp(0, 1))[0],
-        "pgd10": percent(pgd(model, x, y, eps, steps=10, restarts=1, batch_size=batch_size)[0]),
-        "alignment": F.cosine_similarity(gradient.flatten(1), at(x + eps * u)[1].flatten(1)).mean().item(),
-    }
-
-
-def overfitting(row):
-    """What is suspicious about the accuracies of an epoch, or None; the margins are above the noise of 100 images.
-
-    A network that is robust to FGSM but not to PGD has overfitted catastrophically (Wong et al. 2020). One that knows
-    FGSM images better than clean ones reads the label off the perturbation (Kurakin et al. 2017, arXiv:1611.01236).
-    """
-    clean, fgsm, pgd10 = row["test_clean"], row["test_fgsm"], row["test_pgd10"]
-    collapsed, leaking = pgd10 < fgsm / 2 and pgd10 < fgsm - 10, fgsm > clean + 2
-    found = [f"catastrophic overfitting: PGD-10 accuracy {pgd10:.1f} % where FGSM accuracy is {fgsm:.1f} %"] * collapsed
-    found += [f"label leaking: FGSM accuracy {fgsm:.1f} % exceeds clean accuracy {clean:.1f} %"] * leaking
-    return ", ".join(found) or None

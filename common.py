@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from console import CPUINFO, Help, Parser, fail, given, note, number
-from wrn import layout
+from console import CPUINFO, Help, Parser, fail, given, load_arrays, note, number
 
 
 def make_parser(doc):
@@ -45,27 +44,36 @@ def make_parser(doc):
 
 def parse(parser):
     """The checked arguments, with device and precision settled and out filled in."""
-    args = parser.parse_args()
-    args.not_default = sorted(name for name, value in vars(args).items() if value != parser.get_default(name))
+    args, defaults = parser.parse_args(), vars(parser.parse_args([]))
+    args.not_default = sorted(name for name, value in vars(args).items() if value != defaults[name])
     args.method = parser.prog.removeprefix("train_").removesuffix(".py")
     args.out = args.out or f"runs/{args.method}_{Path(args.dataset).stem}_eps{args.eps:g}_seed{args.seed}"
     if 0 < args.eps < 1:
         note(f"--eps {args.eps:g} is in units of 1/255")
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
-    torch.backends.cudnn.benchmark = not args.deterministic  # take the fastest kernel: the shapes stay the same
+    set_up(args)
+    return args
+
+
+def set_up(args):
+    """Device and precision: all that is switched in torch for a training run, but for autocast around its passes."""
     args.device = str(find_device(args.device))
     cuda, bf16 = args.device.startswith("cuda"), has_bf16(args.device)
     if cuda and args.precision == "bf16" and not bf16:
         fail(f"argument --precision: cuDNN has no bfloat16 for {torch.cuda.get_device_name(args.device)}: give fp32")
-    args.precision = ("bf16" if bf16 else "fp32") if args.precision == "auto" else args.precision
-    return args
+    if args.precision == "auto":
+        args.precision = "bf16" if bf16 else "fp32"
+    torch.backends.cudnn.benchmark = not args.deterministic  # take the fastest kernel: the shapes stay the same
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
 
 
 def find_device(name):
-    """torch.device of a --device flag, tried out. If a GPU does not work, auto says torch's reason and takes a CPU."""
+    """torch.device of a --device flag, tried out; if a GPU does not work, auto says torch's reason and takes a CPU.
+
+    From here on float32 means float32: no TF32 in convolutions.
+    """
     found = name
     if name == "auto":
         with warnings.catch_warnings():
@@ -78,8 +86,13 @@ def find_device(name):
             fail(f"argument --device: no device {name!r} here that works: {error}")
         note(f"the CPU is used, for {found!r} does not work: {error}")
         found = "cpu"
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device(found)
+
+
+def layout(device):
+    """channels_last, but contiguous on MPS, whose BatchNorm gradients it has made wrong (pytorch/pytorch#175189)."""
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
 def has_bf16(device):
@@ -128,18 +141,14 @@ class Data:
 
         What epoch e of seed s shows depends only on (s, e), on no method, device or earlier random number.
         """
-        n, height, width, _ = self.train_x[:, 4:-4, 4:-4].shape
-        random = np.random.Generator(np.random.PCG64([seed, epoch]))
+        n, random = len(self.train_x), np.random.Generator(np.random.PCG64([seed, epoch]))
         order = torch.from_numpy(random.permutation(n)).to(self.device)
-        top, left = torch.from_numpy(random.integers(0, 9, (2, n, 1))).to(self.device)
-        flip = torch.from_numpy(random.random((n, 1)) < 0.5).to(self.device)
-        column = torch.arange(width, device=self.device)
-        rows = top + torch.arange(height, device=self.device)  # (n, H), which of the padded image's
-        columns = left + torch.where(flip, width - 1 - column, column)
+        top, left = torch.from_numpy(random.integers(0, 9, (2, n))).to(self.device)
+        mirrored = torch.from_numpy(random.random(n) < 0.5).to(self.device)
         for part in torch.arange(n - n % batch_size, device=self.device).split(batch_size):
-            index = order[part]
-            x = self.train_x[index[:, None, None], rows[part][:, :, None], columns[part][:, None, :]]
-            yield to_float(x), self.train_y[index]
+            x = crop(self.train_x[order[part]], top[part], left[part])
+            x = flip(x, mirrored[part])
+            yield to_float(x), self.train_y[order[part]]
 
     def train(self, n=None):
         """The first n training images, not augmented: (N, 3, H, W) float32 in [0, 1], and their classes (N,)."""
@@ -149,41 +158,23 @@ class Data:
         return to_float(self.test_x[:n]), self.test_y[:n]
 
 
+def crop(padded, top, left):
+    """Images (B, H, W, C) out of images padded by 4 on each side; top, left: (B,), where each begins."""
+    _, height, width, _ = padded[:, 4:-4, 4:-4].shape
+    image = torch.arange(len(padded), device=padded.device)
+    rows = top[:, None] + torch.arange(height, device=padded.device)  # (B, H)
+    columns = left[:, None] + torch.arange(width, device=padded.device)  # (B, W)
+    return padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def flip(images, mirrored):
+    """Images (B, H, W, C), mirrored horizontally where mirrored (B,) is True."""
+    return torch.where(mirrored[:, None, None, None], images.flip(2), images)
+
+
 def to_float(images):
     """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [0, 1], in the memory format of the device."""
     return images.permute(0, 3, 1, 2).float().div_(255).contiguous(memory_format=layout(images.device))
-
-
-def load_arrays(name, data_dir, splits=("train", "test")):
-    """({train_x, train_y, test_x, test_y}, class names) of a data set: cifar10, cifar100 or the path of an .npz."""
-    names = [f"{split}_{letter}" for split in splits for letter in "xy"]
-    if name in ("cifar10", "cifar100"):
-        import torchvision.datasets as datasets
-
-        kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-        try:
-            parts = [kind(data_dir, train=split == "train", download=True) for split in splits]
-        except Exception as error:  # the network, the disk, the archive: torchvision raises many kinds
-            fail(f"cannot get {name} into {data_dir}: say where it is with --data-dir or --dataset FILE.npz: {error}")
-        values = [array for part in parts for array in (part.data, np.array(part.targets))]
-        return dict(zip(names, values)), parts[0].classes
-    try:
-        with np.load(name, allow_pickle=False) as file:  # so that it cannot run code
-            arrays = {key: np.asarray(file[key]) for key in names}
-            classes = [str(c) for c in file["classes"]] if "classes" in file else []
-    except Exception as error:  # zipfile, zlib and numpy each raise their own for a damaged file
-        fail(f"no data set {name!r}: give cifar10, cifar100 or an .npz with {', '.join(names)}: {error}")
-    size = arrays[names[0]].shape[1:3]
-    for split in splits:
-        x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
-        if x.dtype != np.uint8 or x.shape[1:] != (*size, 3) or 0 in x.shape:
-            fail(f"{name}: {split}_x is {x.dtype} {x.shape}, it must be uint8 (N, H, W, 3), the same H, W everywhere")
-        if y.dtype.kind not in "iu" or y.shape != (len(x),):
-            fail(f"{name}: {split}_y is {y.dtype} {y.shape}, it must be whole numbers ({len(x)},)")
-        count = max(min(int(arrays[names[1]].max()) + 1, 1000), 2)
-        if y.min() < 0 or y.max() >= count:
-            fail(f"{name}: {split}_y has labels {y.min()} to {y.max()}, it must have 0 to {count - 1} at most")
-    return arrays, classes if len(classes) == count else [f"class {i}" for i in range(count)]
 
 
 def load_data(args):
@@ -213,4 +204,4 @@ def cyclic(progress, lr_max, momentum_cycle=True):
     0 to lr_max over the first 40 %, to 0 over the rest; momentum 0.9, 0.8, 0.9 against it.
     """
     height = progress / 0.4 if progress < 0.4 else (1 - progress) / 0.6
-    return lr_max * height, 0.9 - 0.1 * height * momentum_cycle
+    return lr_max * height, 0.9 - 0.1 * height if momentum_cycle else 0.9

@@ -57,13 +57,13 @@ def number(kind, low, high=1e9):
 
 
 def names(known):
-    """An argparse type: some of the known names, separated by commas, as a list."""
+    """An argparse type: some of the known names, separated by commas, as a list; each once."""
 
     def convert(text):
         for name in text.split(","):
             if name not in known:
                 raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
-        return text.split(",")
+        return list(dict.fromkeys(text.split(",")))
 
     return convert
 
@@ -203,6 +203,38 @@ def check_archive(path):
         odd = [r for r in records if r.external_attr & 16 or not r.compress_type and r.file_size != r.compress_size]
         if odd or archive.testzip() or len({record.filename for record in records}) < len(records):
             raise ValueError("damaged")
+
+
+def load_arrays(name, data_dir, splits=("train", "test")):
+    """({train_x, train_y, test_x, test_y}, class names) of a data set: cifar10, cifar100 or the path of an .npz."""
+    names = [f"{split}_{letter}" for split in splits for letter in "xy"]
+    if name in ("cifar10", "cifar100"):
+        import torchvision.datasets as datasets
+
+        kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+        try:
+            parts = [kind(data_dir, train=split == "train", download=True) for split in splits]
+        except Exception as error:  # the network, the disk, the archive: torchvision raises many kinds
+            fail(f"cannot get {name} into {data_dir}: say where it is with --data-dir or --dataset FILE.npz: {error}")
+        values = [array for part in parts for array in (part.data, np.array(part.targets))]
+        return dict(zip(names, values)), parts[0].classes
+    try:
+        with np.load(name, allow_pickle=False) as file:  # so that it cannot run code
+            arrays = {key: np.asarray(file[key]) for key in names}
+            classes = [str(c) for c in file["classes"]] if "classes" in file else []
+    except Exception as error:  # zipfile, zlib and numpy each raise their own for a damaged file
+        fail(f"no data set {name!r}: give cifar10, cifar100 or an .npz with {', '.join(names)}: {error}")
+    size = arrays[names[0]].shape[1:3]
+    for split in splits:
+        x, y = arrays[f"{split}_x"], arrays[f"{split}_y"]
+        if x.dtype != np.uint8 or x.shape[1:] != (*size, 3) or 0 in x.shape:
+            fail(f"{name}: {split}_x is {x.dtype} {x.shape}, it must be uint8 (N, H, W, 3), the same H, W everywhere")
+        if y.dtype.kind not in "iu" or y.shape != (len(x),):
+            fail(f"{name}: {split}_y is {y.dtype} {y.shape}, it must be whole numbers ({len(x)},)")
+        count = max(min(int(arrays[names[1]].max()) + 1, 1000), 2)
+        if y.min() < 0 or y.max() >= count:
+            fail(f"{name}: {split}_y has labels {y.min()} to {y.max()}, it must have 0 to {count - 1} at most")
+    return arrays, classes if len(classes) == count else [f"class {i}" for i in range(count)]
 
 
 def versions(device):

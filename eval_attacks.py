@@ -335,10 +335,14 @@ def run(
     todo = robust.clone()
     ranking = clean.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)  # y comes last
     trials, batch_size = min(trials, clean.shape[1] - 1) if targeted else trials, batch_size or BATCH_SIZE[device.type]
-    searches = [(precision, 0, steps)] + [("fp32", steps, math.ceil(steps / 20))] * (precision == "bf16")
+    searches = [(precision, 0, steps)]
+    if precision == "bf16":
+        searches.append(("fp32", steps, math.ceil(steps / 20)))
     total = sum(length for _, _, length in searches)
-    few = max(6, steps // 50)  # iterations that come first, to sort out what breaks early; not after another attack
-    for trial, most in [(0, few)] * (few < steps and not before) + [(trial, steps) for trial in range(trials)]:
+    rounds, few = [(trial, steps) for trial in range(trials)], max(6, steps // 50)
+    if few < steps and not before:  # a few iterations first, to sort out what breaks early
+        rounds.insert(0, (0, few))
+    for trial, most in rounds:
         left = robust.nonzero().flatten()
         for k, images in enumerate(left.split(batch_size) if len(left) else ()):
             b = SimpleNamespace(x=x[images], y=y[images], target=ranking[images, trial] if targeted else None)
@@ -476,7 +480,7 @@ with contextlib.suppress(ModuleNotFoundError):  # who copies this file for its a
 
     import common
     import console
-    from wrn import WideResNet, layout
+    from wrn import WideResNet
 
 AUTOATTACK = {"apgd-ce": apgd, "apgd-t": functools.partial(apgd, loss="dlr-targeted"), "fab-t": fab, "square": square}
 
@@ -575,7 +579,7 @@ def load_model(path, device="cpu"):
         model.load_state_dict(weights)
     except Exception as error:  # whatever a damaged file makes of our own network
         raise OSError(f"{path} does not hold a WideResNet: {' '.join(str(error).split())[:200]}") from None
-    return model.to(device, memory_format=layout(device)).eval()
+    return model.to(device, memory_format=common.layout(device)).eval()
 
 
 def load_network(args):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import common
 from bookkeeping import Run
 from console import launch, number
-from wrn import WideResNet, layout
+from wrn import WideResNet
 
 
 def elle(model, x, y, eps):
@@ -30,12 +30,10 @@ def elle(model, x, y, eps):
     loss = F.cross_entropy(model(start), y)
     (gradient,) = torch.autograd.grad(loss, [start])
     x_adv = (x + eps * gradient.sign()).clamp(0, 1)
-
     a, b = ((x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1) for _ in range(2))
     t = torch.rand(len(x), device=x.device, dtype=x.dtype)
     c = torch.lerp(a, b, t.view(-1, 1, 1, 1))
-    losses = F.cross_entropy(model(torch.cat([a, b, c])), y.repeat(3), reduction="none")
-    l_a, l_b, l_c = losses.chunk(3)
+    l_a, l_b, l_c = F.cross_entropy(model(torch.cat([a, b, c])), y.repeat(3), reduction="none").chunk(3)
     return x_adv, (l_c - torch.lerp(l_a, l_b, t)).square().mean()
 
 
@@ -48,8 +46,8 @@ def adapt(state, error, lambda_max, decay):
     count = state["count"] + 1
     mean = state["mean"] + (error - state["mean"]) / count
     squares = state["squares"] + (error - state["mean"]) * (error - mean)
-    weight = torch.where(jump, lambda_max, decay * state["lambda"])
-    return {"lambda": weight, "count": count, "mean": mean, "squares": squares}
+    lambda_next = torch.where(jump, lambda_max, decay * state["lambda"])
+    return {"lambda": lambda_next, "count": count, "mean": mean, "squares": squares}
 
 
 def parse_args():
@@ -71,10 +69,11 @@ def main():
     data = common.load_data(args)
     of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)
     model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
-    model.to(args.device, memory_format=layout(args.device))
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
-    zeros = {k: torch.zeros((), device=args.device) for k in ("lambda", "count", "mean", "squares")}
-    run = Run(args, model, optimizer, data, extra=zeros)
+    model.to(args.device, memory_format=common.layout(args.device))
+    of_sgd = dict(momentum=0.9, weight_decay=args.weight_decay, fused=args.device.startswith("cuda"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, **of_sgd)
+    zero = torch.zeros((), device=args.device)
+    run = Run(args, model, optimizer, data, extra=dict.fromkeys(("lambda", "count", "mean", "squares"), zero))
     eps, steps = args.eps / 255, data.steps(args.batch_size)
     for epoch in range(run.epoch, args.epochs):
         model.train()

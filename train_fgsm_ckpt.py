@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import common
 from bookkeeping import Run
 from console import launch, number
-from wrn import WideResNet, layout
+from wrn import WideResNet
 
 
 def fgsm_ckpt(model, x, y, eps, alpha, checkpoints):
@@ -63,8 +63,9 @@ def main():
     data = common.load_data(args)
     of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)
     model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
-    model.to(args.device, memory_format=layout(args.device))
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
+    model.to(args.device, memory_format=common.layout(args.device))
+    of_sgd = dict(momentum=0.9, weight_decay=args.weight_decay, fused=args.device.startswith("cuda"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, **of_sgd)
     run = Run(args, model, optimizer, data)
     eps, steps = args.eps / 255, data.steps(args.batch_size)
     for epoch in range(run.epoch, args.epochs):

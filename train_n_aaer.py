@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import common
 from bookkeeping import Run
 from console import launch, number
-from wrn import WideResNet, layout
+from wrn import WideResNet
 
 
 def n_aaer(model, x, y, alpha, noise, lambda_1, lambda_2, lambda_3, loss_gradient=False):
@@ -35,7 +35,6 @@ def n_aaer(model, x, y, alpha, noise, lambda_1, lambda_2, lambda_3, loss_gradien
     (gradient,) = torch.autograd.grad(loss, [start])
     x_adv = start.detach() + alpha * gradient.sign()
     z0, z1 = z0.detach(), model(x_adv.clamp(0, 1))
-
     l0, l1 = (F.cross_entropy(z, y, reduction="none") for z in (z0, z1))
     abnormal, v = (l0 > l1).to(l0), (z0 - z1).square().sum(1)
     count, normal = abnormal.sum(), 1 - abnormal
@@ -50,7 +49,7 @@ def n_aaer(model, x, y, alpha, noise, lambda_1, lambda_2, lambda_3, loss_gradien
 def parse_args():
     parser = common.make_parser(__doc__)
     parser.add_argument("--alpha", type=number(float, 0, 4), default=1.0, help="step size, in multiples of eps")
-    parser.add_argument("--noise", type=number(float, 0), default=2.0, help="start noise, in multiples of eps")
+    parser.add_argument("--noise", type=number(float, 0, 4), default=2.0, help="start noise, in multiples of eps")
     parser.add_argument("--lambda-1", type=number(float, 0), default=1.0, help="weight of the penalty")
     default = "(default: its authors' at the nearest eps)"
     parser.add_argument("--lambda-2", type=number(float, 0), help=f"of the losses' change {default}")
@@ -74,8 +73,9 @@ def main():
     data = common.load_data(args)
     of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)
     model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
-    model.to(args.device, memory_format=layout(args.device))
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
+    model.to(args.device, memory_format=common.layout(args.device))
+    of_sgd = dict(momentum=0.9, weight_decay=args.weight_decay, fused=args.device.startswith("cuda"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, **of_sgd)
     run = Run(args, model, optimizer, data)
     eps, steps = args.eps / 255, data.steps(args.batch_size)
     lambdas = args.lambda_1, args.lambda_2, args.lambda_3

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import common
 from bookkeeping import Run
 from console import launch, number
-from wrn import WideResNet, layout
+from wrn import WideResNet
 
 
 def pgd(model, x, y, eps, alpha, steps, init="zero"):
@@ -38,7 +38,7 @@ def pgd(model, x, y, eps, alpha, steps, init="zero"):
 
 def parse_args():
     parser = common.make_parser(__doc__)
-    parser.add_argument("--alpha", type=number(float, 0, 1), default=0.25, help="step size, in multiples of eps")
+    parser.add_argument("--alpha", type=number(float, 0, 1), default=0.25, help="of each step, in multiples of eps")
     parser.add_argument("--steps", type=number(int, 1), default=7, help="PGD steps")
     parser.add_argument("--init", choices=("zero", "uniform"), default="zero", help="where the first step starts")
     return common.parse(parser)
@@ -50,8 +50,9 @@ def main():
     data = common.load_data(args)
     of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)
     model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
-    model.to(args.device, memory_format=layout(args.device))
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
+    model.to(args.device, memory_format=common.layout(args.device))
+    of_sgd = dict(momentum=0.9, weight_decay=args.weight_decay, fused=args.device.startswith("cuda"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, **of_sgd)
     run = Run(args, model, optimizer, data)
     eps, steps = args.eps / 255, data.steps(args.batch_size)
     for epoch in range(run.epoch, args.epochs):

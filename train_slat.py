@@ -17,21 +17,19 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
-from console import launch, number
-from wrn import LAYERS, WideResNet, layout
+from console import launch, names, number
+from wrn import LAYERS, WideResNet
 
 
-def slat(model, x, y, eps, layers, eta, input_step, latent_clamp=True, init="zero"):
+def slat(model, x, y, eps, layers, eta, input_step, latent_clamp=True):
     """What to train on, model(x_adv, delta=delta): images x_adv and latent perturbations {name: delta_k}.
 
     x: (B, C, H, W) in [0, 1]; y: (B,) class indices; eps, eta, input_step: in [0, 1] units. layers: names of
     the network's features, "0" being the input. delta_k = eta sign(grad_h_k L); x_adv = x + input_step
     sign(grad_x L), clipped to the eps-ball and to [0, 1]. latent_clamp: h_k + delta_k stays within the
     minimum and maximum over space of h_k, per image and channel; False where h_k is not (B, C, H, W).
-    init="uniform": gradients are taken at x + U(-eps, eps), and the input's step starts there.
     """
-    start = x if init == "zero" else (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
-    start = start.detach().requires_grad_()
+    start = x.detach().requires_grad_()
     logits, h = model(start, return_features=True)
     loss = F.cross_entropy(logits, y)
     gradients = torch.autograd.grad(loss, [h[name] for name in layers])
@@ -44,8 +42,6 @@ def slat(model, x, y, eps, layers, eta, input_step, latent_clamp=True, init="zer
         delta[name] = eta * gradient.to(x.dtype).sign()
         if latent_clamp:
             h_k = h[name].detach().to(x.dtype)
-            if h_k.dim() != 4:
-                raise ValueError(f"{name!r} is {tuple(h_k.shape)}, not (B, C, H, W): it needs latent_clamp=False")
             low, high = h_k.amin((2, 3), keepdim=True), h_k.amax((2, 3), keepdim=True)
             delta[name] = delta[name].clamp(low - h_k, high - h_k)
     return torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1), delta
@@ -53,17 +49,12 @@ def slat(model, x, y, eps, layers, eta, input_step, latent_clamp=True, init="zer
 
 def parse_args():
     parser = common.make_parser(__doc__)
-    parser.add_argument("--layers", default="0,conv1,conv2", help=f"what to perturb, of {','.join(LAYERS)}")
-    parser.add_argument("--eta", type=number(float, 0), default=1.0, help="latent step, in multiples of eps")
-    parser.add_argument("--input-step", type=number(float, 0), default=0.9, help="input step, likewise")
+    layers = f"what to perturb, of {','.join(LAYERS)}"
+    parser.add_argument("--layers", type=names(LAYERS), default="0,conv1,conv2", help=layers)
+    parser.add_argument("--eta", type=number(float, 0, 4), default=1.0, help="latent step, in multiples of eps")
+    parser.add_argument("--input-step", type=number(float, 0, 4), default=0.9, help="input step, likewise")
     parser.add_argument("--latent-clamp", action=argparse.BooleanOptionalAction, default=True, help="clip h + delta")
-    parser.add_argument("--init", choices=("zero", "uniform"), default="zero", help="where gradients are taken")
-    args = common.parse(parser)
-    args.layers = args.layers.split(",")
-    for name in args.layers:
-        if name not in LAYERS or args.layers.count(name) > 1:
-            parser.error(f"argument --layers: {name!r} is unknown or twice there, choose from {','.join(LAYERS)}")
-    return args
+    return common.parse(parser)
 
 
 def main():
@@ -72,8 +63,9 @@ def main():
     data = common.load_data(args)
     of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)
     model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
-    model.to(args.device, memory_format=layout(args.device))
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
+    model.to(args.device, memory_format=common.layout(args.device))
+    of_sgd = dict(momentum=0.9, weight_decay=args.weight_decay, fused=args.device.startswith("cuda"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, **of_sgd)
     run = Run(args, model, optimizer, data)
     eps, steps = args.eps / 255, data.steps(args.batch_size)
     eta, input_step = args.eta * eps, args.input_step * eps
@@ -84,7 +76,7 @@ def main():
             lr, momentum = common.cyclic(progress, args.lr_max, args.momentum_cycle)
             optimizer.param_groups[0].update(lr=lr, momentum=momentum)
             with common.autocast(args):
-                x_adv, delta = slat(model, x, y, eps, args.layers, eta, input_step, args.latent_clamp, args.init)
+                x_adv, delta = slat(model, x, y, eps, args.layers, eta, input_step, args.latent_clamp)
                 logits = model(x_adv, delta=delta)
                 loss = F.cross_entropy(logits, y)
             optimizer.zero_grad()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import common
 from bookkeeping import Run
 from console import launch, number
-from wrn import WideResNet, layout
+from wrn import WideResNet
 
 
 def yopo(model, x, y, eps, alpha, outer, inner):
@@ -47,7 +47,7 @@ def yopo(model, x, y, eps, alpha, outer, inner):
 def parse_args():
     parser = common.make_parser(__doc__)
     parser.set_defaults(epochs=7)
-    parser.add_argument("--alpha", type=number(float, 0, 1), default=0.25, help="step size, in multiples of eps")
+    parser.add_argument("--alpha", type=number(float, 0, 1), default=0.25, help="of each step, in multiples of eps")
     parser.add_argument("--outer", type=number(int, 1), default=5, help="m, full passes a batch")
     parser.add_argument("--inner", type=number(int, 1), default=3, help="n, first-layer steps a pass")
     return common.parse(parser)
@@ -59,8 +59,9 @@ def main():
     data = common.load_data(args)
     of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)
     model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
-    model.to(args.device, memory_format=layout(args.device))
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay)
+    model.to(args.device, memory_format=common.layout(args.device))
+    of_sgd = dict(momentum=0.9, weight_decay=args.weight_decay, fused=args.device.startswith("cuda"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, **of_sgd)
     run = Run(args, model, optimizer, data)
     eps, steps = args.eps / 255, data.steps(args.batch_size)
     for epoch in range(run.epoch, args.epochs):

@@ -1,4 +1,4 @@
-"""Wide residual network (Zagoruyko & Komodakis 2016, arXiv:1605.07146) whose layers can be perturbed.
+"""Wide residual network (Zagoruyko & Komodakis 2016, arXiv:1605.07146) whose layers can be perturbed. Needs only torch.
 
     logits = model(x)                                     x: (B, 3, H, W) in [0, 1]
     logits, h = model(x, return_features=True)            h[name]: that layer's output
@@ -77,14 +77,16 @@ class WideResNet(nn.Module):
         delta, h = delta or {}, {}
         if not set(delta) <= set(LAYERS):
             raise ValueError(f"unknown layer {sorted(set(delta) - set(LAYERS))}: choose from {', '.join(LAYERS)}")
-        for name in LAYERS:
-            if name == "conv1":
-                x = (x - self.mean) / self.std
-            if name != "0":
-                x = getattr(self, name)(x)
-            if name in delta:
-                x = x + delta[name]
-            h[name] = x
+
+        def perturbed(name, output):
+            h[name] = output + delta[name] if name in delta else output
+            return h[name]
+
+        x = perturbed("0", x)
+        x = perturbed("conv1", self.conv1((x - self.mean) / self.std))
+        x = perturbed("conv2", self.conv2(x))
+        x = perturbed("conv3", self.conv3(x))
+        x = perturbed("conv4", self.conv4(x))
         x = F.relu(self.bn(x), inplace=True).mean((2, 3), dtype=self.fc.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):  # logits in float32 (or as the weights are)
             logits = self.fc(x)
@@ -98,7 +100,7 @@ def compute_dtype(x):
 
 
 def dropout(x, p):
-    """F.dropout in train mode. On a CPU a 64-bit random word decides on four elements: a third of a step saved.
+    """F.dropout in train mode; on a CPU four decisions are drawn at once, which saves a third of a training step.
 
     There p is rounded to a multiple of 2^-16, and what is kept is scaled by 1 / (1 - that p).
     """
@@ -113,8 +115,3 @@ def dropout(x, p):
     else:
         keep = keep.to(x.dtype).mul_(scale)
     return x * keep.as_strided(x.size(), x.stride())
-
-
-def layout(device):
-    """channels_last, but contiguous on MPS, whose BatchNorm gradients it has made wrong (pytorch/pytorch#175189)."""
-    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last

@@ -226,7 +226,7 @@ def test_an_epoch_with_weights_or_losses_that_are_not_finite_is_not_saved(refuse
      ("fgsm", "--precision fp16", "--precision"), ("fgsm", "--dataset imagenet", "no data set 'imagenet'"),
      ("fgsm", "--resume --overwrite", "--overwrite"),
      ("fgsm", "--alpha 8", "8 is out of range"), ("fgsm", "extra", "unrecognized arguments: extra"),
-     ("slat", "--layers 0,conv9", "'conv9' is unknown"), ("slat", "--layers 0,0", "'0' is unknown or twice"),
+     ("slat", "--layers 0,conv9", "'conv9' is not one of 0, conv1"),
      ("slat", "--layers ,", "''"), ("slat", "--input-step x", "--input-step"),
      ("n_fgsm", "--noise -1", "--noise"), ("fgsm_ckpt", "--checkpoints 0", "--checkpoints"),
      ("yopo", "--inner 1.5", "--inner"), ("pgd", "--init random", "--init")],

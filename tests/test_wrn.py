@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import common
 from eval_attacks import load_model
-from wrn import LAYERS, WideResNet, dropout, layout
+from wrn import LAYERS, WideResNet, dropout
 
 
 def test_wrn_28_10_has_the_papers_size_and_depth_is_6n_plus_4():
@@ -108,7 +108,10 @@ def test_load_model_gives_back_the_network(tmp_path):
 
 
 def test_mps_has_no_channels_last(monkeypatch):
-    assert layout("mps") == torch.contiguous_format and layout("cuda:1") == layout("cpu") == torch.channels_last
+    assert (
+        common.layout("mps") == torch.contiguous_format
+        and common.layout("cuda:1") == common.layout("cpu") == torch.channels_last
+    )
     images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
-    monkeypatch.setattr(common, "layout", lambda _: layout("mps"))
+    monkeypatch.setattr(common, "layout", lambda _: torch.contiguous_format)
     assert common.to_float(images).is_contiguous()

@@ -90,7 +90,8 @@ def play(name, args, steps, flops=None):
         print(errors.getvalue(), end="", file=sys.stderr)
         raise
     except Stop as stop:
-        return [(last - first) / steps for first, last in zip(notes[WARM_UP - 1], notes[-1])], stop.args[0]
+        seconds, counted = (last - first for first, last in zip(notes[WARM_UP - 1], notes[-1]))
+        return (max(seconds, 1e-9) / steps, counted / steps), stop.args[0]  # a clock may stand still
 
 
 def passes(name, args):
@@ -116,7 +117,7 @@ def peak_memory(name, args):
         play(name, args, 1)
     with tempfile.TemporaryDirectory() as folder:
         profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+        events = json.loads(Path(f"{folder}/trace.json").read_text(encoding="utf-8"))["traceEvents"]
     events = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
     totals = [e["args"]["Total Allocated"] for e in events]
     return max(totals) - (totals[0] - events[0]["args"]["Bytes"])
@@ -140,10 +141,12 @@ def main():
     add("--rounds", type=number(int, 1), default=9, help="turns of each contestant (default 9)")
     add("--no-memory", dest="memory", action="store_false", help="without peak memory")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dataset", default="data/cifar10_tiny.npz", help="default data/cifar10_tiny.npz")
+    add("--device", type=console.given, default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    tiny = "data/cifar10_tiny.npz"
+    add("--dataset", type=console.given, default=tiny, help=f"default {tiny}")
     add("--json", type=console.given, metavar="FILE", help="write the numbers there")
     args = parser.parse_args()
+    console.check_outputs({"--json": args.json}, [args.dataset])
     args.device = str(common.find_device(args.device))
     if args.precision == "auto":
         args.precision = "bf16" if common.has_bf16(args.device) else "fp32"

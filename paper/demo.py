@@ -6,6 +6,7 @@
 Both were trained on the complete CIFAR-10 at eps 16/255, as results/RESULTS.md says. No download, no GPU.
 """
 
+import io
 import json
 import time
 from pathlib import Path
@@ -26,11 +27,15 @@ N, EPS = 100, 16
 
 def picture(run):
     """RUN/examples.png, a column for each broken image: clean, perturbation (smoothed, scaled), adversarial."""
-    with np.load(run / "adv.npz", allow_pickle=False) as file:
-        x_adv, y, broken = torch.from_numpy(file["x"]).permute(0, 3, 1, 2), file["y"], file["adversarial"]
+    console.check_outputs({"RUN": run / "examples.png"}, [run / "adv.npz", run / "model.pt"])
+    try:
+        with np.load(run / "adv.npz", allow_pickle=False) as file:
+            x_adv, y, broken = torch.from_numpy(file["x"]).permute(0, 3, 1, 2), file["y"], file["adversarial"]
+    except Exception as error:  # zipfile, zlib and numpy each raise their own for a damaged file
+        console.fail(f"no {run}/adv.npz as eval_attacks.py --save-adv writes it: {error}")
     data, model = common.Data(str(DATA), None, "cpu", ("test",)), load_model(run)
     (x, labels), classes = data.test(len(y)), data.classes
-    if y.tolist() != labels.tolist():
+    if y.tolist() != labels.tolist() or x_adv.shape != x.shape or broken.shape != y.shape:
         console.fail(f"{run}/adv.npz is not of the images in {DATA.name}")
     shown = (broken & (predict(model, x).numpy() == y)).nonzero()[0][:10]
     x, x_adv = x[shown], x_adv[shown]
@@ -38,7 +43,9 @@ def picture(run):
     change = change / change.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-9)
     red_blue = torch.cat([1 - (-change).clamp(min=0), 1 - change.abs(), 1 - change.clamp(min=0)], 1)
     rows = F.interpolate(torch.cat([x, red_blue, x_adv]), scale_factor=4, mode="bicubic").clamp(0, 1)
-    save_image(rows, run / "examples.png", nrow=max(len(shown), 1), padding=6, pad_value=1.0)
+    file = io.BytesIO()
+    save_image(rows, file, format="png", nrow=max(len(shown), 1), padding=6, pad_value=1.0)
+    console.write_file(run / "examples.png", file.getvalue())
     print(f"\n{run}/examples.png: clean; perturbation (red is brighter, blue is darker); adversarial")
     for column, (label, guess) in enumerate(zip(y[shown], predict(model, x_adv).tolist()), 1):
         print(f"  column {column:>2}: {classes[label]} is taken for {classes[guess]}")
@@ -46,10 +53,11 @@ def picture(run):
 
 def main():
     parser = console.Parser(prog="python -m paper.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("run", nargs="?", type=Path, help="draw what eval_attacks.py --save-adv RUN/adv.npz found")
+    add, picked = parser.add_argument, "draw what eval_attacks.py --save-adv RUN/adv.npz found"
+    add("run", nargs="?", type=console.given, help=picked)
     args = parser.parse_args()
     if args.run:
-        return picture(args.run)
+        return picture(Path(args.run))
     start = time.perf_counter()
     (x, y), eps = common.Data(str(DATA), None, "cpu", ("test",)).test(N), EPS / 255
     precision = "bf16" if common.has_bf16("cpu") else "fp32"
@@ -59,7 +67,7 @@ def main():
     line = console.StatusLine()
     for method in ("fgsm", "slat"):
         run = RUNS / f"{method}_wrn10-2_epochs8_eps{EPS}_seed0"
-        assert json.loads((run / "config.json").read_text())["eps"] == EPS
+        assert json.loads((run / "config.json").read_text(encoding="utf-8"))["eps"] == EPS
 
         def report(share, robust, method=method):
             if line.due():

@@ -15,8 +15,10 @@ NAME.png, NAME.svg and NAME.json (the numbers); results/figures/remake.sh has th
 """
 
 import argparse
+import io
 import json
 import math
+import os
 import statistics
 import textwrap
 from pathlib import Path
@@ -27,8 +29,10 @@ import torch.nn.functional as F
 import common
 import console
 from eval_attacks import load_model
-from paper.results import CONFIG, NUMBER, flags_of, look, order, read_json, read_results, robust_under, table, text_of
+from paper.results import NUMBER, flags_of, look, order, read_json, read_results, read_run, robust_under, table, text_of
 from wrn import LAYERS
+
+ENDS = ("json", "png", "svg")
 
 # Line, and marker's face (None: the method's colour).
 ACCURACIES = {"clean": (":", None), "PGD-50-10": ("-", None), "AutoAttack": ("none", "white")}
@@ -51,11 +55,26 @@ def pyplot():
     return plt
 
 
+def check_name(name, inputs=(), ends=ENDS):
+    """End with one line if the files NAME.end cannot be written or would replace an input."""
+    if not os.path.basename(name) or os.path.isdir(name):
+        console.fail(f"argument --out: cannot write {name}: it is a folder, name a file in it, without its ending")
+    console.check_outputs({f"--out (.{end})": f"{name}.{end}" for end in ends}, inputs)
+
+
 def write(name, figure, numbers):
-    """NAME.json, NAME.png, NAME.svg."""
-    console.write_file(f"{name}.json", json.dumps(numbers, indent=1) + "\n")
-    for end in ("png", "svg"):
-        figure.savefig(f"{name}.{end}", dpi=150, metadata={"Date": None} if end == "svg" else None)
+    """NAME.json, NAME.png, NAME.svg; if one cannot be written the others are, before the error."""
+    errors = []
+    for end in ENDS:
+        file = io.BytesIO(json.dumps(numbers, indent=1).encode() + b"\n")
+        if end != "json":
+            figure.savefig(file, format=end, dpi=150, metadata={"Date": None} if end == "svg" else None)
+        try:
+            console.write_file(f"{name}.{end}", file.getvalue())
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
     print(f"wrote {name}.png, {name}.svg, {name}.json")
 
 
@@ -63,7 +82,7 @@ def legends(paths, configs):
     """[(label, line style)] of runs: a method's name, colour and marker, and those flags that not all runs share.
 
     A run with such a flag has hollow markers. Runs that are alike in all this have their seeds as markers; if those
-    are alike too, the folders' names are the labels.
+    are alike too, the folders' names are the labels, or their paths.
     """
     found = [flags_of(config) for config in configs]
     shared = {k: v for k, v in found[0].items() if all(k in other and other[k] == v for other in found)}
@@ -76,7 +95,10 @@ def legends(paths, configs):
     for i in [i for i, label in enumerate(labels) if labels.count(label) > 1]:
         labels[i] += f", seed {configs[i]['seed']}"
         styles[i] |= {"marker": f"${configs[i]['seed']}$", "markersize": 8, "markerfacecolor": styles[i]["color"]}
-    labels = [Path(p).name if labels.count(label) > 1 else label for p, label in zip(paths, labels)]
+    for name in (lambda path: Path(path).name, str):
+        labels = [name(path) if labels.count(label) > 1 else label for path, label in zip(paths, labels)]
+    # To matplotlib a $ begins a formula, and a label that begins with _ is none.
+    labels = [f"./{label}" if label.startswith("_") else label.replace("$", r"\$") for label in labels]
     return list(zip(labels, styles))
 
 
@@ -89,13 +111,18 @@ def legend_below(figure, axis):
 
 
 def networks(args):
-    """Yield (label, style, network, x, y) for each run; x, y: the first n test images of its data set."""
-    configs = [read_json(Path(run) / "config.json", CONFIG) for run in args.runs]
+    """Yield (label, style, network, x, y) for each run; x, y: the first n test images of its data set.
+
+    args.images says which: {"dataset", "n"}, or this for each label if they differ.
+    """
+    configs, used = [read_run(run) for run in args.runs], {}
     for run, config, (label, style) in zip(args.runs, configs, legends(args.runs, configs)):
         model, dataset = load_model(run, args.device), args.dataset or config["dataset"]
         x, y = common.Data(dataset, args.data_dir, args.device, ("test",)).test(args.n)
         if y.max() >= model.arguments["num_classes"]:
             console.fail(f"{dataset} has more than the {model.arguments['num_classes']} classes of {run}")
+        used[label] = {"dataset": dataset, "n": len(y)}
+        args.images = used if any(images != used[label] for images in used.values()) else used[label]
         yield label, style, model.requires_grad_(False), x, y
 
 
@@ -112,7 +139,7 @@ def landscape(args):
     """Mean loss at x + a sign(grad) + b r, r of random signs, for a and b within +-eps (Fig. 4)."""
     plt = pyplot()
     side = torch.linspace(-args.eps, args.eps, args.points)
-    numbers = {"eps": args.eps, "n": args.n, "side": side.tolist(), "loss": {}}
+    numbers = {"eps": args.eps, "seed": args.seed, "side": side.tolist(), "loss": {}}
     for label, _, model, x, y in networks(args):
         total = torch.zeros(args.points, args.points)
         generator = torch.Generator().manual_seed(args.seed)
@@ -135,7 +162,7 @@ def landscape(args):
         axis.set(title=textwrap.fill(label, 24), xlabel="along sign of the gradient (1/255)", aspect="equal")
     axes[0][0].set_ylabel("along random signs (1/255)")
     figure.colorbar(shades, ax=axes[0].tolist(), label="mean loss")
-    write(args.out, figure, numbers)
+    write(args.out, figure, {"images": args.images} | numbers)
 
 
 def grad_norm(args):
@@ -161,7 +188,7 @@ def grad_norm(args):
     axes[0].yaxis.set_major_formatter("{x:g}")
     axes[1].set_ylim(0)
     legend_below(figure, axes[0])
-    write(args.out, figure, {"n": args.n} | numbers)
+    write(args.out, figure, {"images": args.images} | numbers)
 
 
 def linearity(args):
@@ -173,7 +200,7 @@ def linearity(args):
     size = (3.8 * len(names), 6.4)
     figure, axes = pyplot().subplots(2, len(names), figsize=size, squeeze=False, layout="constrained")
     steps = [torch.linspace(0, top, args.points)[1:] for top in (args.eps, args.share)]
-    numbers = {"n": args.n, "eps": steps[0].tolist(), "share": steps[1].tolist(), "error": {}, "error_of_share": {}}
+    numbers = {"eps": steps[0].tolist(), "share": steps[1].tolist(), "error": {}, "error_of_share": {}}
     for label, style, model, x, y in networks(args):
         errors = torch.zeros(2, len(names), args.points - 1)
         for part, target, loss, h, gradient in features(model, x, y, names):
@@ -194,7 +221,7 @@ def linearity(args):
         for axis, name in zip(row, names):
             axis.set(xlabel=xlabel, title="input" if name == "0" else name, ylim=(0, None))
     legend_below(figure, axes[0][0])
-    write(args.out, figure, numbers)
+    write(args.out, figure, {"images": args.images} | numbers)
 
 
 def over_epochs(args):
@@ -209,7 +236,7 @@ def over_epochs(args):
         "alignment": (["alignment"], "gradient alignment (cosine)"),
     }[args.command]
     plt = pyplot()
-    configs = [read_json(Path(run) / "config.json", CONFIG) for run in args.runs]
+    configs = [read_run(run) for run in args.runs]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     numbers, rings, lengths = {}, False, {config["epochs"] for config in configs}
     end = 1 if len(lengths) > 1 else max(lengths)
@@ -267,13 +294,15 @@ def over_flag(args):
         if who:
             groups.setdefault((order(config["method"]), who), {}).setdefault(config[flag], []).append(result)
             kind = f"{result['network']} on {result['n']} images of {result['data']}"
-            kinds.setdefault("", set()).add(kind + (f" at eps {result['eps']:g}" if flag != "eps" else ""))
-            kinds.setdefault(who, set()).add(f"{who[0]} after {config['epochs']} epochs")
+            kind += f" at eps {result['eps']:g}" * (flag != "eps") + (result["attack"] and f", {result['attack']}")
+            kinds.setdefault("", {})[kind, result["data_key"]] = kind
+            kinds.setdefault(who, {})[config["epochs"]] = f"{who[0]} after {config['epochs']} epochs"
     if not groups:
         console.fail(f"none of these networks was trained with --{flag} and the other flags at their defaults")
     for found in kinds.values():
         if len(found) > 1:
-            console.fail(f"the results differ in more than {flag}: {', '.join(sorted(found))}; give those of one kind")
+            found = ", ".join(sorted(found.values()))
+            console.fail(f"the results differ in more than {flag}: {found}; give those of one kind")
     figure, axis = plt.subplots(figsize=(7, max(4, 0.28 * len(groups) + 1.2)), layout="constrained")
     numbers, xlabels = {}, {"eps": "eps of training and attack (1/255)", "eta": "eta (multiples of eps)"}
     for (_, (label, colour, marker)), by_value in sorted(groups.items()):
@@ -312,14 +341,16 @@ def main():
     commands, number = parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), console.number
     for command, function in COMMANDS.items():
         add = commands.add_parser(command, description=function.__doc__).add_argument
-        add("runs", nargs="+", help="JSON files" if function in (over_flag, table) else "run folders")
+        files = "JSON files" if function in (over_flag, table) else "run folders"
+        add("runs", nargs="+", type=console.given, help=files)
         name = None if function is table else command
         add("--out", type=console.given, default=name, metavar="NAME", help="default: the command's name")
         if function in (landscape, grad_norm, linearity):
             add("--n", type=number(int, 1), default=100, help="the first N test images (default 100)")
-            add("--dataset", help="cifar10, cifar100 or an .npz (default: what the run was trained on)")
-            add("--data-dir", default="data", help="where cifar10 and cifar100 are (default data)")
-            add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+            dataset = "cifar10, cifar100 or an .npz (default: what the run was trained on)"
+            add("--dataset", type=console.given, help=dataset)
+            add("--data-dir", type=console.given, default="data", help="where cifar10 and cifar100 are (default data)")
+            add("--device", type=console.given, default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
         if function in (landscape, linearity):
             add("--eps", type=number(float, 0, 255), default=8, help="in 1/255 (default 8)")
             add("--points", type=number(int, 3), default=17, help="along each axis (default 17)")
@@ -329,6 +360,16 @@ def main():
             add("--layers", type=console.names(LAYERS), default="0,conv1,conv2", help="default 0,conv1,conv2")
             add("--share", type=number(float, 0), default=5, help="of the mean of |h|, in per cent (default 5)")
     args = parser.parse_args()
+    named = {os.path.realpath(run): run for run in args.runs}
+    if len(named) < len(args.runs):
+        console.note("what is named twice counts once")
+    args.runs, files = list(named.values()), COMMANDS[args.command] in (over_flag, table)
+    of_run = ("config.json", "metrics.jsonl", "model.pt")
+    inputs = args.runs if files else [os.path.join(run, file) for run in args.runs for file in of_run]
+    if args.command != "table":
+        check_name(args.out, [*inputs, *filter(None, [getattr(args, "dataset", None)])])
+    elif args.out:
+        check_name(args.out, [*inputs, f"{args.out}.notes.md"], ("md",))
     if "device" in args:
         args.device = common.find_device(args.device)
     COMMANDS[args.command](args)

@@ -5,7 +5,9 @@ A run is a folder with config.json and metrics.jsonl, a result what `eval_attack
 
 import json
 import os
+import re
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 
@@ -49,54 +51,131 @@ PAPER = {
     ("cifar100", "fgsm_ckpt", ""): (73.53, 0.66, 0.09),
     ("cifar100", "slat", ""): (59.56, 26.26, 23.02),
 }
+# Mean and deviation of the 50,000 training images, by which an .npz is known; CIFAR-100's are from literature.
+CIFAR = {
+    "cifar10": (0.4914, 0.4822, 0.4465, 0.2470, 0.2435, 0.2616),
+    "cifar100": (0.5071, 0.4865, 0.4409, 0.2673, 0.2564, 0.2762),
+}
+CRC32 = 0x981C6F42  # of CIFAR-10's images and labels; younger runs note it of theirs
 # Flags that do not make a set-up of their own: a table has a column for them, or training does not depend on them.
 NO_SETUP = {"dataset", "depth", "width", "epochs", "eps", "seed"} | set(
     "data_dir device precision deterministic monitor out resume overwrite".split()
 )
-# What is needed of the files of a run and of an evaluation, and its types.
-NUMBER = (int, float)
-CONFIG = dict(method=str, dataset=str, depth=int, width=int, epochs=int, eps=NUMBER, seed=int, not_default=list)
-RESULT = dict(clean=NUMBER, attacks=dict, n=int, eps=NUMBER, command=str, training=dict)
+# What is needed of the files of a run and of an evaluation, and its types, as `fits` reads them. NONE: may be missing.
+NUMBER, NONE = (int, float), type(None)
+CONFIG = dict(method=str, dataset=str, depth=int, width=int, epochs=int, eps=NUMBER, seed=int, not_default=[str])
+DATA = {"train": int, "test": int, "mean": [NUMBER], "std": [NUMBER], "crc32": (int, NONE)}
+CONFIG |= dict(data=(DATA, NONE), limit_train=(int, NONE))
+TRAINING = CONFIG | dict(hardware=str, seconds=(*NUMBER, NONE), last_epoch=({"epoch": int}, NONE))
+RESULT = dict(clean=NUMBER, attacks=dict, n=int, eps=NUMBER, command=str, training=dict, dataset=(str, NONE))
+RESULT |= dict(seed=(int, NONE), step_size=(*NUMBER, NONE))
+
+
+def fits(value, kind):
+    """(int, str): one of these; [int]: a list of them; {"key": int}: a dict that has it."""
+    if isinstance(kind, tuple):
+        return any(fits(value, one) for one in kind)
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(value.get(key), kind[key]) for key in kind)
+    return type(value) is kind  # not isinstance: True is no number
 
 
 def check(path, content, types):
     """End with one line that names the file if content is not a dict with these keys and types."""
     for key, kind in types.items():
-        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+        if not fits(content, {key: kind}):
             console.fail(f"{path}: {key!r} is missing or of another type: it is damaged, or another version wrote it")
 
 
 def read_json(path, types=None):
     """A JSON file, or the list of a .jsonl's lines; types: {key: type} that it, or every line, must have."""
     try:
-        text, lines = Path(path).read_text(), Path(path).suffix == ".jsonl"
-        content = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
-    except (OSError, ValueError):
-        console.fail(f"{path} is missing or damaged")
-    for item in content if lines else [content]:
+        content = console.load_json(path)
+    except ValueError as error:
+        console.fail(error)
+    for item in content if Path(path).suffix == ".jsonl" else [content]:
         check(path, item, types or {})
     return content
 
 
+def checked(path, config, types):
+    """The flags of a run that are in this file, with these types."""
+    check(path, config, types)
+    check(path, config, dict.fromkeys(config["not_default"], (bool, *NUMBER, str, list)))
+    check(path, config, dict.fromkeys({"eta", "input_step", "dropout"} & config.keys(), NUMBER))
+    return config
+
+
+def read_run(run):
+    path = Path(run) / "config.json"
+    return checked(path, read_json(path), CONFIG)
+
+
+def data_of(config, name):
+    """(what to call the data set `name`, what tells it from others); config: of the training, perhaps on the same."""
+    same = name == config.get("dataset")
+    if name in CIFAR:
+        return name, name
+    if same and (facts := config.get("data")):
+        counts, found = (min(config.get("limit_train") or 50_000, 50_000), 10_000), [*facts["mean"], *facts["std"]]
+        for kind, known in CIFAR.items():
+            near = len(found) == 6 and all(abs(a - b) < 1e-4 for a, b in zip(found, known))
+            near &= kind != "cifar10" or facts.get("crc32", CRC32) == CRC32
+            if near and (facts["train"], facts["test"]) == counts:
+                return kind, kind
+        return name, f"{Path(name).name} {json.dumps(facts)}"  # wherever the file was
+    known = same and Path(name).stem in CIFAR  # the oldest runs noted its name only
+    return (Path(name).stem,) * 2 if known else (name, name)
+
+
 def read_results(args):
-    """The results in the named files, each with its flags (set-up), its data set's name and its network's."""
-    results = [read_json(path) for path in args.runs]
-    for path, result in zip(args.runs, results):
+    """The results in the named files, copies left out, each with its path and what was trained and evaluated."""
+    results, contents = [], {}
+    for path in args.runs:
+        result = read_json(path)
         if not isinstance(result, dict) or not isinstance(result.get("training"), dict):
             console.fail(f"{path} does not say how the network was trained: evaluate a run folder, not a bare model.pt")
+        content = json.dumps(result, sort_keys=True)
+        if content in contents:
+            console.note(f"{path} is a copy of {contents[content]}: it counts once")
+            continue
+        contents[content] = path
         check(path, result, RESULT)
-        check(path, result["training"], CONFIG | {"seconds": NUMBER, "hardware": str})
-        config = result["training"]
+        check(path, result["attacks"], dict.fromkeys(result["attacks"], NUMBER))
+        config = checked(path, result["training"], TRAINING)
         result["flags"] = flags_of(config) | ({"best epoch": True} if "best.pt" in result["command"] else {})
         if result["eps"] != config["eps"]:
             result["flags"]["trained with eps"] = config["eps"]
-        result["data"], result["network"] = Path(config["dataset"]).stem, f"WRN-{config['depth']}-{config['width']}"
+        (trained, key), name = data_of(config, config["dataset"]), result.get("dataset") or config["dataset"]
+        result["data"], result["data_key"] = data_of(config, name)
+        if result["data_key"] != key:
+            result["flags"]["trained on"] = trained
+        result["path"], result["network"] = path, f"WRN-{config['depth']}-{config['width']}"
+        result["attack"] = attacked_by(result)
+        results.append(result)
     return results
 
 
+def step_size(result):
+    """Of PGD, in multiples of eps; older results have it in their command only."""
+    found = re.search(r"--step-\w*[ =](\d*\.?\d+(e-?\d+)?)", result.get("command") or "")
+    return result.get("step_size") or (float(found[1]) if found else 0.25)
+
+
 def robust_under(result):
-    """(PGD-50-10, AutoAttack) of a result in per cent, None where it was not run."""
-    return result["attacks"].get("pgd-50-10"), result["attacks"].get("autoattack")
+    """(PGD-50-10, AutoAttack) of a result in per cent, None where it was not run; with another step it was not."""
+    attacks = result["attacks"]
+    return attacks.get("pgd-50-10") if step_size(result) == 0.25 else None, attacks.get("autoattack")
+
+
+def attacked_by(result):
+    """What an evaluation did otherwise than usual, as text: budget and step of PGD, seed of the attacks."""
+    budgets = [name.upper() for name in result["attacks"] if name.startswith("pgd-")]
+    texts = [name for name in budgets if name != "PGD-50-10"]
+    texts += [f"step size {step_size(result):g}"] * bool(budgets and step_size(result) != 0.25)
+    return ", ".join(texts + [f"attack seed {result.get('seed')}"] * bool(result.get("seed")))
 
 
 def mean_std(values):
@@ -127,7 +206,7 @@ def text_of(flags):
         if isinstance(value, bool):
             texts.append(flag if value else f"no {flag}")
         else:
-            value = ",".join(value) if isinstance(value, list) else value
+            value = ",".join(map(str, value)) if isinstance(value, list) else value
             texts.append(f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}")
     return ", ".join(texts).replace("_", " ")
 
@@ -136,8 +215,9 @@ RESULTS_HEAD = """\
 # Results
 
 Made by `python -m paper.figures table` from the JSON files that the last column links to; they hold
-commands and versions. Per cent, mean ± std over seeds; [1 of 2] where not every seed was attacked;
-in brackets what the paper reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and
+commands and versions. Per cent, mean ± std over seeds, of which a seed that was trained or attacked
+twice is one, by its mean; [1 of 2] where not every seed was attacked; in brackets what the paper
+reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and
 AutoAttack are run on the first n test images. A JSON file without `autoattack_parts` is older: its
 AutoAttack is what PGD-50-10 and AutoAttack left together. "best epoch" is best.pt, the epoch with
 the best PGD-10 accuracy on training images. Minutes are those of the training steps, without the
@@ -151,12 +231,12 @@ def table(args):
     """One row for each set-up, mean and std over its seeds, as Markdown, next to the paper's; then OUT.notes.md."""
     base = Path(args.out).absolute().parent if args.out else Path.cwd()
     groups = {}
-    for path, result in zip(args.runs, read_results(args)):
+    for result in read_results(args):
         config = result["training"]
-        setup = (result["data"], (config["depth"], config["width"]), result["eps"], order(config["method"]))
+        setup = (result["data_key"], (config["depth"], config["width"]), result["eps"], order(config["method"]))
         done = (config.get("last_epoch") or {}).get("epoch", config["epochs"])  # fewer if it was stopped
-        setup += (text_of(result["flags"]), (config["epochs"], done), result["n"])
-        groups.setdefault(setup, []).append((config["seed"], os.path.relpath(path, base), result))
+        setup += (text_of(result["flags"]), result["attack"], (config["epochs"], done), result["n"])
+        groups.setdefault(setup, {}).setdefault(config["seed"], []).append(result)
 
     def cell(values, paper=None):
         mean, std = mean_std(values)
@@ -165,20 +245,31 @@ def table(args):
         text += f" [{run} of {len(values)}]" if 0 < run < len(values) else ""
         return text + ("" if paper is None else f" ({paper:.1f})")
 
+    def numbers(result):
+        seconds = result["training"].get("seconds")
+        return result["clean"], *robust_under(result), None if seconds is None else seconds / 60
+
     lines = [RESULTS_HEAD]
-    for (data, _, eps, (_, method), flags, (epochs, done), n), group in sorted(groups.items()):
-        results = [result for *_, result in group]
+    for (_, _, eps, (_, method), flags, attack, (epochs, done), n), seeds in sorted(groups.items()):
+        results = [result for found in seeds.values() for result in found]
+        data = ", ".join(sorted({result["data"] for result in results}))
         paper = PAPER.get((data, method, flags), [None] * 3) if eps == 8 else [None] * 3
-        columns = [[r["clean"] for r in results], *zip(*[robust_under(r) for r in results])]
-        epochs = f"{done} of {epochs}" if done < epochs else epochs
-        row = [look(method)[0], flags, data, results[0]["network"], epochs, f"{eps:g}", n, *map(cell, columns, paper)]
-        row += [cell([r["training"]["seconds"] / 60 for r in results])]
+        # One value for each seed: a network that was trained or attacked twice says nothing about other seeds.
+        values = [[mean_std(column)[0] for column in zip(*map(numbers, found))] for found in seeds.values()]
+        *accuracies, minutes = zip(*values)
+        epochs, flags = f"{done} of {epochs}" if done < epochs else epochs, ", ".join(filter(None, (flags, attack)))
+        row = [look(method)[0], flags, data, results[0]["network"], epochs, f"{eps:g}", n]
+        row += [*map(cell, accuracies, paper), cell(minutes).replace("not run", "-")]
         row += [", ".join(sorted({r["training"]["hardware"] for r in results}))]
-        row += [", ".join(f"[{seed}]({path})" for seed, path, _ in sorted(group, key=lambda item: item[:2]))]
-        lines.append(f"| {' | '.join(map(str, row))} |")
+        links = sorted((r["training"]["seed"], os.path.relpath(r["path"], base)) for r in results)
+        row += [", ".join(f"[{seed}]({quote(path, errors='surrogateescape')})" for seed, path in links)]
+        lines.append(f"| {' | '.join(str(text).replace('|', '/') for text in row)} |")
     notes = Path(f"{args.out}.notes.md")  # what is said about the numbers, written by hand
     if args.out and notes.exists():
-        lines += ["", *notes.read_text().splitlines()]
-    print("\n".join(lines))
-    if args.out:
-        console.write_file(f"{args.out}.md", "\n".join(lines) + "\n")
+        lines += ["", *notes.read_text(encoding="utf-8", errors="surrogateescape").splitlines()]
+    text = "\n".join(lines) + "\n"
+    try:
+        if args.out:
+            console.write_file(f"{args.out}.md", text)
+    finally:
+        print(text, end="")

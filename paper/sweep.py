@@ -7,19 +7,25 @@
     python -m paper.figures table results/*.json                                      what came out
 
 The lines say what is left to do: a run is left out if its result has these attacks, on as many images, searched in this
-precision; one that was cut short is resumed, a trained network is only evaluated. So after a crash, print and run the
-commands again.
+precision; a trained network is only evaluated. A line that was killed goes on when it is run again; so after a crash,
+run the same lines, or print what is left.
 """
 
 import argparse
 import importlib.util
+import math
+import re
 import shlex
 import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
+
+import common
 import console
 from eval_attacks import NAMES
-from paper.results import read_json
+from paper.results import CIFAR, CONFIG, CRC32, NONE, RESULT, attacked_by, data_of, read_json
 
 METHODS = sorted(path.stem.removeprefix("train_") for path in Path().glob("train_*.py"))
 # The method and flags of each row, without the flags that all rows share. Defaults are left out, so that tables share
@@ -73,50 +79,66 @@ def epochs_of(method, epochs):
         sys.argv = before
 
 
-def done(path, args):
-    """Is there a result with the attacks, the images and the precision that are asked for?"""
+def data_set(name):
+    """(name, number of test images) of a data set; an .npz is called STEM-CHECKSUM, if it is not CIFAR-10."""
+    if name in CIFAR:
+        return name, 10_000
+    (arrays, _), checksum = common.load_arrays(name, None), 0
+    for array in arrays.values():  # the crc32 of config.json
+        checksum = zlib.crc32(np.ascontiguousarray(array.astype(np.uint8, copy=False)), checksum)
+    return "cifar10" if checksum == CRC32 else f"{Path(name).stem}-{checksum:08x}", len(arrays["test_y"])
+
+
+def done(path, args, data, test_images):
+    """Is there a result with the attacks, the data, the images and the precision that are asked for?"""
     if not path.exists():
         return False
-    result = read_json(path)
+    types = {key: RESULT[key] for key in ("n", "attacks", "dataset", "seed", "step_size")}
+    trained = {key: CONFIG[key] for key in ("data", "limit_train")} | {"dataset": (str, NONE)}
+    result = read_json(path, types | {"command": (str, NONE), "training": (trained, NONE)})
+    training, asked = result.get("training") or {}, re.search(r"--n[ =](\d+)", result.get("command") or "--n 0")
+    name = result.get("dataset") or training.get("dataset") or data
+    if data in CIFAR and data_of(training, name)[0] != data or attacked_by(result):
+        return False  # somebody's own cifar10.npz, or another budget
     attacks = {"pgd-50-10" if name == "pgd" else name for name in args.attack}
-    images = result.get("n") == args.n if args.n else "--n" not in result.get("command", "--n")
-    precision = result.get("search_precision") == args.search_precision
-    return images and precision and attacks <= result.get("attacks", {}).keys()
+    whole = result["n"] >= test_images or not asked or int(asked[1]) > result["n"]  # there were no more
+    images = result["n"] == args.n or whole and result["n"] <= (args.n or math.inf)
+    return images and result.get("search_precision") == args.search_precision and attacks <= result["attacks"].keys()
 
 
 def commands(sweep, args):
     """Yield the line of every row and seed that is not done."""
     rows = [(method, flags) for method, flags in SWEEPS[sweep] if method in args.only]
     epochs_by_method = {method: epochs_of(method, args.epochs) for method, _ in rows}
-    dataset, device = Path(args.dataset).stem, ["--device", args.device] if args.device else []
+    (dataset, test_images), device = data_set(args.dataset), ["--device", args.device] if args.device else []
     for seed in args.seeds:
         for method, flags in rows:
             own, epochs = dict(flags), epochs_by_method[method]
-            eps = own.pop("eps", args.eps)
+            eps = f"{own.pop('eps', args.eps):.15g}"
             data = "" if dataset == "cifar10" else f"_{dataset}"
-            name = f"{method}{data}_wrn{args.depth}-{args.width}_epochs{epochs}_eps{eps:g}"
+            name = f"{method}{data}_wrn{args.depth}-{args.width}_epochs{epochs}_eps{eps}"
             for flag, value in own.items():
                 name += f"_{flag}" + ("" if value is None else f"-{str(value).replace(',', '-')}")
             name += f"_seed{seed}"
             run, results = Path(args.runs) / name, Path(args.results)
             ends = ("", "_best") if args.best else ("",)
-            left = [end for end in ends if not done(results / f"{name}{end}.json", args)]
+            left = [end for end in ends if not done(results / f"{name}{end}.json", args, dataset, test_images)]
             if not left:
                 continue
             parts = []
             if not (run / "model.pt").exists():
                 train = ["python", f"train_{method}.py", "--dataset", args.dataset, "--data-dir", args.data_dir]
-                train += ["--depth", args.depth, "--width", args.width, "--epochs", epochs, "--eps", f"{eps:g}"]
+                train += ["--depth", args.depth, "--width", args.width, "--epochs", epochs, "--eps", eps]
                 for flag, value in own.items():
                     train += [f"--{flag}"] + ([] if value is None else [value])
-                train += [*device, "--seed", seed, "--out", run] + ["--resume"] * (run / "config.json").exists()
+                train += [*device, "--seed", seed, "--out", run, "--resume"]  # begins a run where there is none
                 parts.append(train)
             for end in left:
                 network = run / "best.pt" if end else run
                 evaluate = ["python", "eval_attacks.py", network, "--attack", ",".join(args.attack)]
-                evaluate += ["--eps", f"{eps:g}", *device, "--data-dir", args.data_dir]
+                evaluate += ["--eps", eps, *device, "--data-dir", args.data_dir]
                 evaluate += ["--n", args.n] if args.n else []
-                asked = f"{'-'.join(args.attack)}_{args.n or 'all'}_{args.search_precision}"
+                asked = f"eps{eps}_{'-'.join(args.attack)}_{args.n or 'all'}_{args.search_precision}"
                 evaluate += ["--search-precision", args.search_precision, "--state", run / f"eval{end}_{asked}.state"]
                 parts.append([*evaluate, "--json", results / f"{name}{end}.json"])
             yield " && ".join(shlex.join(map(str, part)) for part in parts)
@@ -124,7 +146,7 @@ def commands(sweep, args):
 
 def seeds(text):
     try:
-        return [int(seed) for seed in text.split(",")]
+        return list(dict.fromkeys(map(console.number(int, 0, 2**31), text.split(","))))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers, separated by commas") from None
 
@@ -138,7 +160,7 @@ def main():
     add("--seeds", type=seeds, default=[0], help="separated by commas (default 0)")
     add("--only", type=names(METHODS), default=METHODS, metavar="METHODS", help="these methods, separated by commas")
     add("--small", action="store_true", help="for a CPU: WRN-10-2, 8 epochs, evaluation on 1,000 images")
-    add("--depth", type=number(int, 10), help="default 28, with --small 10")
+    add("--depth", type=int, choices=range(10, 101, 6), metavar="N", help="6n + 4, default 28, with --small 10")
     add("--width", type=number(int, 1), help="default 10, with --small 2")
     add("--epochs", type=number(int, 1), help="default 30, with --small 8; Free-AT and YOPO proportionally fewer")
     add("--eps", type=number(float, 0, 255), default=8, help="in 1/255 (default 8); eps and eps16 have their own")
@@ -146,17 +168,20 @@ def main():
     add("--attack", type=names(NAMES), default="pgd,autoattack", help="for eval_attacks.py (default pgd,autoattack)")
     add("--best", action="store_true", help="evaluate best.pt too, the early-stopped network: NAME_best.json")
     add("--search-precision", choices=("fp32", "bf16"), default="bf16", help="for eval_attacks.py (default bf16)")
-    add("--device", help="of training and evaluation: auto, cpu, cuda, cuda:1, mps (default: their own)")
-    add("--dataset", default="cifar10", help="cifar10, cifar100 or an .npz (default cifar10)")
-    add("--data-dir", default="data", help="where cifar10 and cifar100 are (default data)")
-    add("--runs", default="runs", metavar="DIR", help="folder of run folders (default runs)")
-    add("--results", default="results", metavar="DIR", help="folder of results (default results)")
+    add("--device", type=console.given, help="of all commands: auto, cpu, cuda, cuda:1, mps (default: their own)")
+    add("--dataset", type=console.given, default="cifar10", help="cifar10, cifar100 or an .npz (default cifar10)")
+    add("--data-dir", type=console.given, default="data", help="where cifar10 and cifar100 are (default data)")
+    add("--runs", type=console.given, default="runs", metavar="DIR", help="folder of run folders (default runs)")
+    add("--results", type=console.given, default="results", metavar="DIR", help="folder of results (default results)")
     args = parser.parse_args()
     for flag, full, small in (("depth", 28, 10), ("width", 10, 2), ("epochs", 30, 8), ("n", None, 1000)):
         if getattr(args, flag) is None:
             setattr(args, flag, small if args.small else full)
     if not any(method in args.only for method, _ in SWEEPS[args.sweep]):
         parser.error(f"argument --only: {args.sweep} has no runs of {', '.join(args.only)}")
+    for path in (args.dataset, args.data_dir, args.runs, args.results):
+        if path.startswith("-") or "\n" in path:
+            parser.error(f"{path!r} begins with - or holds a line break, with which the commands would not work")
     Path(args.results).mkdir(parents=True, exist_ok=True)
     lines = list(commands(args.sweep, args))
     if lines:

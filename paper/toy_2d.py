@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import console
-from paper.figures import pyplot, write
+from paper.figures import check_name, pyplot, write
 
 MU, SIGMA = (0.3, 0.12), (0.15, 0.015)  # robust feature, trap
 
@@ -118,6 +118,7 @@ def main():
     add("--seeds", type=number(int, 1), default=5, help="networks for each method")
     add("--out", type=console.given, default="toy_2d", metavar="NAME", help="writes NAME.png, NAME.svg and NAME.json")
     args = parser.parse_args()
+    check_name(args.out)
     methods = {"standard": (0, 0), "FGSM": (args.eps, 0)}
     methods |= {f"SLAT, eta {eta:g}": (args.eps, eta) for eta in args.eta}
     test, rows, models = sample(4000, 10_000), {}, {}

@@ -3,11 +3,14 @@
 import argparse
 import glob
 import json
+import os
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,10 +18,11 @@ import torch
 import torch.nn.functional as F
 
 import common
+import console
 import eval_attacks
 from conftest import ROOT, SCRIPTS, SMALL, TINY, parsed, run_main
 from eval_attacks import load_model
-from paper import bench, figures, results, sweep, toy_2d
+from paper import bench, demo, figures, results, sweep, toy_2d
 from wrn import LAYERS
 
 
@@ -258,8 +262,8 @@ def test_errors_are_one_line(refused, runs, monkeypatch):
     run = runs.split()[0]
     refused(figures, "curves nowhere", "nowhere/config.json is missing")
     for module, flags in ((figures, f"curves {run} --out"), (toy_2d, "--out"), (bench, "--json")):
-        for name in ("no/such/name", run):
-            refused(module, f"{flags} {name}", f"cannot write '{name}': it is a folder, or there is no folder")
+        refused(module, f"{flags} no/such/name", "cannot write no/such/name", "No such file")
+        refused(module, f"{flags} {run}", f"cannot write {run}: it is a folder")
     refused(figures, f"linearity {run} --layers conv9", "conv9")
     refused(figures, f"landscape {run} --eps 999", "--eps")
     refused(figures, f"table {run}/config.json", "does not say how the network was trained")
@@ -297,7 +301,7 @@ def test_every_printed_command_is_understood_by_its_script(cli, tmp_path, name):
         assert args.epochs == (2 if "free" in line or "yopo" in line else 8)
         run = Path(args.out)
         run.mkdir()  # as the run would
-        (run / "config.json").write_text(json.dumps({"dataset": TINY}))
+        (run / "config.json").write_text(json.dumps({"dataset": TINY, "eps": 8}))
         last, best = map(parsed_command, evaluations)
         assert (last.run, best.run) == (str(run), str(run / "best.pt")) and last.state != best.state
         assert [last.json, best.json] == [str(tmp_path / f"{run.name}{end}.json") for end in ("", "_best")]
@@ -310,7 +314,7 @@ def test_a_sweep_skips_what_is_done_and_resumes_what_is_broken(cli, tmp_path):
         return cli(sweep, f"{flags} {more}")[1].splitlines()
 
     lines = left()
-    assert len(lines) == 6 and all("--resume" not in line for line in lines)
+    assert len(lines) == 6 and all(" --resume && " in line for line in lines)
     names = [Path(shlex.split(line)[-1]).stem for line in lines]
 
     def finish(name, **other):
@@ -321,9 +325,8 @@ def test_a_sweep_skips_what_is_done_and_resumes_what_is_broken(cli, tmp_path):
     for name, file in ((names[1], "model.pt"), (names[2], "config.json")):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / file).write_text("{}")
-    first, second, *rest = left()
-    assert first.startswith("python eval_attacks.py") and "train" not in first
-    assert "--resume &&" in second and rest == lines[3:]
+    first, *rest = left()
+    assert first.startswith("python eval_attacks.py") and "train" not in first and rest == lines[2:]
     for name in names:
         finish(name)
     code, out, err = cli(sweep, flags)
@@ -374,3 +377,371 @@ def test_a_new_script_is_found(tmp_path, monkeypatch):
         assert names["METHODS"] == [method for method, _ in names["SWEEPS"]["eps16"]] == ["zzz"]
         assert names["epochs_of"]("zzz", 8) == 8
     assert bench.CONTESTANTS == ("standard", *sweep.METHODS) and set(sweep.METHODS) == SCRIPTS.keys()
+
+
+def test_pictures_are_whole_or_as_they_were(cli, refused, tmp_path, monkeypatch):
+    """Links are followed, pipes written into, a full disk leaves the old file, and one bad file costs no other one."""
+    command = f"eps {write_results(tmp_path, [result('slat', 0, 50.0, 30.0)])[0]} --out {tmp_path / 'x'}"
+    (tmp_path / "x.png").symlink_to(tmp_path / "kept.png")
+    os.mkfifo(tmp_path / "x.svg")
+    with subprocess.Popen(["cat", tmp_path / "x.svg"], stdout=subprocess.PIPE) as reader:
+        assert cli(figures, command)[::2] == (0, "")
+        assert b"<svg" in reader.stdout.read()
+    assert (tmp_path / "x.png").is_symlink() and (tmp_path / "x.svg").is_fifo()
+    before = (tmp_path / "kept.png").read_bytes()
+    assert before.startswith(b"\x89PNG")
+    (tmp_path / "x.svg").unlink()
+    with monkeypatch.context() as patch:
+
+        def full(path, content):
+            if str(path).endswith(".png"):
+                raise OSError(28, "No space left on device", str(path))
+            write(path, content)
+
+        write, _ = console.write_file, patch.setattr(console, "write_file", full)
+        (tmp_path / "x.json").unlink()
+        refused(figures, command, "No space left", "x.png")
+    assert b"<svg" in (tmp_path / "x.svg").read_bytes() and (tmp_path / "x.json").exists()
+    assert (tmp_path / "kept.png").read_bytes() == before
+
+    def torn(self, file, **_):
+        Path(file).write_bytes(b"half") if isinstance(file, str) else file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", torn)
+    refused(figures, command, "No space left")
+    assert (tmp_path / "kept.png").read_bytes() == before
+
+
+def test_outputs_never_replace_inputs(refused, runs, tmp_path):
+    """Nor is anything computed before that is known."""
+    run, found = runs.split()[0], write_results(tmp_path, [result("slat", 0, 50.0, 30.0)])[0]
+    adv = tmp_path / "adv.json"
+    shutil.copy(TINY, adv)
+    (tmp_path / "linked.md").symlink_to(found)
+    (tmp_path / "table.md").symlink_to(tmp_path / "table.notes.md")
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / "examples.png").symlink_to(tmp_path / "drawn" / "adv.npz")
+    inputs = [Path(found), adv, Path(run, "config.json")]
+    before = [path.read_bytes() for path in inputs]
+    for module, flags in (
+        (figures, f"eps {found} --out {found.removesuffix('.json')}"),
+        (figures, f"table {found} --out {tmp_path / 'linked'}"),
+        (figures, f"table {found} --out {tmp_path / 'table'}"),
+        (figures, f"curves {runs} --out {run}/config"),
+        (figures, f"grad-norm {run} --dataset {adv} --out {tmp_path / 'adv'}"),
+        (bench, f"--dataset {adv} --json {adv}"),
+        (demo, f"{tmp_path / 'drawn'}"),
+    ):
+        refused(module, flags, "is the input")
+    for module, flags in ((figures, f"curves {runs} --out {tmp_path}/"), (toy_2d, f"--out {tmp_path}/")):
+        refused(module, flags, "it is a folder")
+    (tmp_path / "toy.svg").mkdir()
+    refused(toy_2d, f"--out {tmp_path / 'toy'}", "toy.svg: it is a folder")
+    assert [path.read_bytes() for path in inputs] == before
+
+
+@pytest.mark.parametrize("content", [None, b"PK", "labels"])
+def test_the_demo_draws_into_memory(cli, refused, tmp_path, content):
+    run = ROOT / "results/cpu/runs/slat_wrn10-2_epochs8_eps16_seed0"
+    (tmp_path / "model.pt").symlink_to(run / "model.pt")
+    x, y = (v.numpy() for v in common.Data(TINY, None, "cpu", ("test",)).test(4))
+    arrays = {"x": x.transpose(0, 2, 3, 1), "y": y, "adversarial": np.ones(4, bool)}
+    if content == "labels":
+        arrays["adversarial"] = np.ones(3, bool)
+    np.savez(tmp_path / "adv.npz", **arrays)
+    if content:
+        (tmp_path / "adv.npz").write_bytes(content) if content != "labels" else None
+        return refused(demo, str(tmp_path), "adv.npz")
+    (tmp_path / "examples.png").symlink_to(tmp_path / "kept.png")
+    assert cli(demo, str(tmp_path))[0] == 0
+    assert (tmp_path / "examples.png").is_symlink() and (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_empty_texts_are_refused(runs, capsys):
+    run = runs.split()[0]
+    for module, words in (
+        *[(figures, ["landscape", run, flag, ""]) for flag in ("--dataset", "--data-dir", "--device", "--out")],
+        *[(sweep, ["eps", f, " "]) for f in ("--dataset", "--data-dir", "--device", "--runs", "--results")],
+        *[(bench, [flag, ""]) for flag in ("--dataset", "--device", "--json")],
+        *[(figures, ["table", ""]), (toy_2d, ["--out", ""]), (demo, [""])],
+    ):
+        capsys.readouterr()
+        with mock.patch.object(sys, "argv", [module.__name__, *words]), pytest.raises(SystemExit):
+            console.launch(module.main)
+        assert capsys.readouterr().err.count("the value is empty\n") == 1, words
+
+
+FACTS = {"train": 50000, "test": 10000, "mean": [0.49140, 0.48216, 0.44653], "std": [0.24703, 0.24349, 0.26159]}
+CIFAR100 = {"mean": [0.50708, 0.48655, 0.44092], "std": [0.26733, 0.25644, 0.27615]}
+
+
+def rows_of(cli, folder, found, err=""):
+    """The cells of `figures table` of these results."""
+    for file in folder.glob("*.json"):
+        file.unlink()
+    code, out, notes = cli(figures, f"table {' '.join(write_results(folder, found))}")
+    assert code == 0 and err in notes and notes.count("\n") == bool(err)
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "WRN-10-2" in line]
+
+
+def test_a_row_is_one_kind_of_evaluation(cli, tmp_path):
+    """Its data, budget and seed. The same seed again, or a copy, is no other seed."""
+    one, other = result("slat", 0, 50.0, 30.0, 20.0), result("slat", 1, 52.0, 34.0, 22.0)
+    evaluate = "python eval_attacks.py runs/x"
+    for change, texts in (
+        ({"dataset": "data/other.npz"}, ["trained on cifar10", "data/other.npz"]),
+        ({"dataset": "cifar100"}, ["trained on cifar10", "cifar100"]),
+        ({"step_size": 0.1}, ["step size 0.1", "cifar10"]),
+        ({"command": f"{evaluate} --step-size 0.1"}, ["step size 0.1", "cifar10"]),
+        ({"command": f"{evaluate} --step-siz=1e-1"}, ["step size 0.1", "cifar10"]),
+        ({"attacks": {"pgd-20-1": 34.0}}, ["PGD-20-1", "cifar10"]),
+        ({"seed": 7}, ["attack seed 7", "cifar10"]),
+    ):
+        found = rows_of(cli, tmp_path, [one, other | change])
+        assert sorted(row[7].split(" ")[0] for row in found) == ["50.0", "52.0"]
+        (row,) = [row for row in found if row[7].startswith("52.0")]
+        assert row[1:3] == texts and ("34.0" in row[8]) == ("step" not in texts[0] and "PGD" not in texts[0])
+    same = {"step_size": 0.25, "steps": 50, "restarts": 10, "seed": 0, "dataset": "cifar10.npz"}
+    ((*_, clean, pgd, aa, _, _, links),) = rows_of(cli, tmp_path, [one, other | same])
+    assert [clean, pgd, aa] == ["51.0 ± 1.4 (85.9)", "32.0 ± 2.8 (47.1)", "21.0 ± 1.4 (44.6)"]
+    # Attacked twice, or trained twice: one seed. And PGD and AutoAttack may have come one after the other.
+    again = one | {"clean": 54.0, "attacks": {"pgd-50-10": 32.0}}
+    ((*_, clean, pgd, aa, _, _, links),) = rows_of(cli, tmp_path, [one, again])
+    assert [clean, pgd, aa] == ["52.0 (85.9)", "31.0 (47.1)", "20.0 (44.6)"]
+    assert links.count("[0](") == 2
+    ((*_, clean, pgd, _, _, _, links),) = rows_of(cli, tmp_path, [one, again, other])
+    assert [clean, pgd] == ["52.0 ± 0.0 (85.9)", "32.5 ± 2.1 (47.1)"] and links.count("](") == 3
+    ((*_, clean, _, _, _, _, links),) = rows_of(cli, tmp_path, [one, one, other], "is a copy of")
+    assert clean == "51.0 ± 1.4 (85.9)" and links.count("](") == 2
+    files = write_results(tmp_path, [one])
+    _, out, err = cli(figures, f"table {files[0]} {tmp_path}/./0.json")
+    assert "| 50.0 (85.9) |" in out and err == "note: what is named twice counts once\n"
+
+
+def test_data_are_known_by_their_content(cli, tmp_path):
+    for name, data, shown, paper in (
+        ("cifar10.npz", None, "cifar10", True),  # of the oldest runs
+        ("cifar10", FACTS | {"train": 7}, "cifar10", True),  # torchvision's
+        ("a/cifar10.npz", FACTS, "cifar10", True),
+        ("a/renamed.npz", FACTS, "cifar10", True),
+        ("a/renamed.npz", FACTS | CIFAR100, "cifar100", True),
+        ("a/cifar10.npz", FACTS | {"mean": [0.5, 0.48216, 0.44653]}, "a/cifar10.npz", False),
+        ("a/cifar10.npz", FACTS | {"train": 49000}, "a/cifar10.npz", False),
+        ("a/cifar10.npz", FACTS | {"test": 500}, "a/cifar10.npz", False),
+        ("a/tiny.npz", FACTS | {"test": 500}, "a/tiny.npz", False),
+        ("a/cifar10.npz", FACTS | {"crc32": results.CRC32}, "cifar10", True),
+        ("cifar10.npz", FACTS | {"crc32": 1}, "cifar10.npz", False),  # with labels of its own
+        ("cifar10.npz", FACTS | {"mean": [], "std": []}, "cifar10.npz", False),
+    ):
+        found = result("slat", 0, 50.0, 30.0, dataset=name, usual=["dataset", "data"], data=data) | {"dataset": name}
+        (row,) = rows_of(cli, tmp_path, [found])
+        assert row[2] == shown and ("(" in row[7]) == paper, (name, data)
+    own = [FACTS | {"train": n} for n in (5, 6)]
+    own = [result("slat", i, 50.0, 30.0, dataset="x.npz", usual=["data"], data=data) for i, data in enumerate(own)]
+    assert len(rows_of(cli, tmp_path, own)) == 2  # of one name
+    moved = result("slat", 2, 50.0, 30.0, dataset="b/x.npz", usual=["data"], data=own[0]["training"]["data"])
+    assert [row[2] for row in rows_of(cli, tmp_path, [own[0], moved])] == ["b/x.npz, x.npz"]
+    for flag in ("eps", "eta"):
+        files = write_results(tmp_path, [r | {"training": r["training"] | {"eta": 1, "input_step": 0.9}} for r in own])
+        assert cli(figures, f"{flag} {' '.join(files)} --out {tmp_path / 'x'}")[0] == 2
+
+
+def test_a_run_without_metrics_has_no_minutes(cli, tmp_path):
+    damaged = result("slat", 0, 50.0, 30.0, usual=["last_epoch"], last_epoch=None)
+    damaged["training"]["seconds"] = None
+    (row,) = rows_of(cli, tmp_path, [damaged])
+    assert row[4] == "8" and row[10] == "-"
+    (row,) = rows_of(cli, tmp_path, [damaged, result("slat", 1, 52.0, 32.0)])
+    assert row[10] == "2.0 [1 of 2]"
+
+
+def test_runs_of_one_name_are_both_drawn(cli, runs, tmp_path):
+    """Folders a/slat and b/slat of the same flags and seed; a folder that is named twice is drawn once."""
+    slat, fgsm = runs.split()
+    for folder in "ab":
+        for run in (slat, fgsm):
+            shutil.copytree(run, tmp_path / folder / Path(run).name)
+    paths = [f"{tmp_path}/{name}" for name in ("a/slat", "b/slat", "a/fgsm", "b/fgsm")]
+    steps = "--n 4 --device cpu"
+    for command, key in (
+        ("curves", None),
+        ("alignment", None),
+        (f"grad-norm {steps}", "l1"),
+        (f"linearity --points 3 {steps}", "error"),
+        (f"landscape --points 3 {steps}", "loss"),
+    ):
+        assert cli(figures, f"{command} {' '.join(paths)} --out {tmp_path / 'x'}")[0] == 0
+        numbers = written(tmp_path / "x")
+        assert sorted(numbers[key] if key else numbers) == sorted(paths), command
+    code, _, err = cli(figures, f"curves {slat} {slat}/ {fgsm} --out {tmp_path / 'x'}")
+    assert code == 0 and err == "note: what is named twice counts once\n"
+    assert list(written(tmp_path / "x")) == ["SLAT", "FGSM"]
+    configs = [json.loads(Path(slat, "config.json").read_text())] * 4
+    # a is the name of two pairs
+    labels = [label for label, _ in figures.legends(["slat/a", "fgsm/a", "$x$", "_y"], configs)]
+    assert labels == ["slat/a", "fgsm/a", r"\$x\$", "./_y"]
+
+
+def test_labels_are_no_formulas(cli, runs, tmp_path):
+    slat, _ = runs.split()
+    for name in ("$a_{$", "_one", "_two"):
+        shutil.copytree(slat, tmp_path / name)
+    for names in (["$a_{$", "_one"], ["_one", "_two"]):
+        paths = " ".join(str(tmp_path / name) for name in names)
+        assert cli(figures, f"curves {paths} --out {tmp_path / 'x'}")[::2] == (0, "")
+        assert len(written(tmp_path / "x")) == 2
+
+
+def test_figures_say_which_images_they_used(cli, runs, tmp_path):
+    slat, _ = runs.split()
+    own, small = SMALL.split()[1], str(tmp_path / "small.npz")
+    np.savez(small, **{key: value[:8] for key, value in np.load(own).items()})
+    for command in ("grad-norm", "linearity --layers 0 --points 3", "landscape --points 3 --seed 5"):
+        for flags, used in (("--n 5", {"dataset": own, "n": 5}), (f"--dataset {small}", {"dataset": small, "n": 8})):
+            assert cli(figures, f"{command} {slat} {flags} --device cpu --out {tmp_path / 'x'}")[0] == 0
+            numbers = written(tmp_path / "x")
+            assert numbers["images"] == used and numbers.get("seed", 5) == 5
+    for folder, dataset in (("a", small), ("b", own)):
+        shutil.copytree(slat, tmp_path / folder)
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        (tmp_path / folder / "config.json").write_text(json.dumps(config | {"dataset": dataset}))
+    command = f"grad-norm {tmp_path}/a {tmp_path}/b --n 30 --device cpu --out {tmp_path / 'x'}"
+    assert cli(figures, command)[0] == 0
+    assert written(tmp_path / "x")["images"]["a"] == {"dataset": small, "n": 8}
+    assert written(tmp_path / "x")["images"]["b"]["n"] == 30
+
+
+def test_markdown_survives_what_is_in_names(cli, tmp_path):
+    folder = tmp_path / "a (copy) [1]"
+    folder.mkdir()
+    found = result("slat", 0, 50.0, 30.0, hardware="CPU | GPU")
+    (path,) = write_results(folder, [found])
+    (tmp_path / "t.notes.md").write_bytes(b"caf\xe9\n")
+    with mock.patch.object(sys, "argv", ["figures", "table", path, "--out", str(tmp_path / "t")]):
+        console.launch(figures.main)
+    text = (tmp_path / "t.md").read_bytes()
+    assert b"| CPU / GPU | [0](a%20%28copy%29%20%5B1%5D/0.json) |" in text and text.endswith(b"\ncaf\xe9\n")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"not_default": ["gone"]},
+        {"not_default": 3},
+        {"eta": "1"},
+        {"data": [1]},
+        {"data": {"train": 1, "test": 1, "mean": ["a"], "std": []}},
+        {"last_epoch": [8]},
+        {"last_epoch": {"epoch": "8"}},
+        {"epochs": True},
+        {"limit_train": "9"},
+    ],
+)
+def test_tampered_flags_are_one_line(refused, tmp_path, flags):
+    found = result("slat", 0, 50.0, 30.0, eta=1.0, input_step=0.9)
+    found["training"] |= flags
+    (tmp_path / "a.json").write_text(json.dumps(found))
+    for command in ("table", "eta"):
+        refused(figures, f"{command} {tmp_path / 'a.json'} --out {tmp_path / 'x'}", "a.json")
+    if "last_epoch" not in flags:
+        (tmp_path / "config.json").write_text(json.dumps(found["training"]))
+        refused(figures, f"curves {tmp_path} --out {tmp_path / 'x'}", "config.json")
+
+
+def test_tampered_results_are_one_line(refused, tmp_path):
+    for change in ({"attacks": {"pgd-50-10": "1"}}, {"seed": "x"}, {"dataset": 1}, {"step_size": [1]}):
+        (tmp_path / "a.json").write_text(json.dumps(result("slat", 0, 50.0, 30.0) | change))
+        refused(figures, f"table {tmp_path / 'a.json'}", "a.json")
+    (tmp_path / "a.json").write_text("[" * 200_000)
+    refused(figures, f"table {tmp_path / 'a.json'}", "a.json is missing or damaged")
+    name = "slat_wrn10-2_epochs8_eps8_seed0"
+    for content in (
+        "[]",
+        "[" * 200_000,
+        '{"n": 1000, "attacks": 3}',
+        '{"n": 1, "attacks": {}, "dataset": []}',
+        '{"n": 5, "attacks": {}, "training": {"data": 1}}',
+    ):
+        (tmp_path / f"{name}.json").write_text(content)
+        refused(sweep, f"table1 --only slat --small --runs {tmp_path} --results {tmp_path}", f"{name}.json")
+
+
+def test_a_sweep_knows_data_by_their_content(cli, refused, tmp_path, monkeypatch):
+    arrays = dict(np.load(TINY))
+    flags = f"latent-eta --small --runs {tmp_path}/runs --results {tmp_path}"
+
+    def names(dataset):
+        lines = cli(sweep, f"{flags} --dataset {dataset}")[1].splitlines()
+        return [Path(shlex.split(line)[-1]).stem for line in lines]
+
+    for folder, change in (("a", {}), ("b", {"train_y": arrays["train_y"][::-1]}), ("c", {})):
+        (tmp_path / folder).mkdir()
+        labels = {"test_y": arrays["test_y"].astype(np.int64)} if folder == "c" else {}
+        np.savez(tmp_path / folder / "cifar10.npz", **arrays | change | labels)
+    a, b, c, plain = map(names, (*(f"{tmp_path}/{folder}/cifar10.npz" for folder in "abc"), "cifar10"))
+    assert a == c and len({*a, *b, *plain}) == 18 and plain[0] == "slat_wrn10-2_epochs8_eps8_eta-0.6_seed0"
+    assert names("cifar100")[0] == "slat_cifar100_wrn10-2_epochs8_eps8_eta-0.6_seed0"
+    monkeypatch.setattr(sweep, "CRC32", int(a[0].split("_")[1].split("-")[1], 16))
+    assert names(f"{tmp_path}/a/cifar10.npz") == plain
+    refused(sweep, f"{flags} --dataset {tmp_path}/none.npz", "none.npz")
+    # A result in the place of another one.
+    found = {"n": 1000, "search_precision": "bf16", "attacks": {"pgd-50-10": 1, "autoattack": 1}}
+    training = {"dataset": "cifar10.npz", "data": FACTS}
+    for change, left in (
+        ({"training": training}, 5),
+        ({"training": training | {"data": FACTS | {"train": 9}}}, 6),
+        ({"training": training, "dataset": "other.npz"}, 6),
+        ({"training": training, "seed": 3}, 6),
+        ({"training": training, "command": "python eval_attacks.py x --n 1000 --step-size 0.1"}, 6),
+    ):
+        (tmp_path / f"{plain[0]}.json").write_text(json.dumps(found | change))
+        assert len(names("cifar10")) == left, change
+
+
+def test_more_images_than_there_are_count_as_all(cli, tmp_path):
+    flags = f"latent-eta --depth 10 --width 2 --epochs 8 --runs {tmp_path}/runs --results {tmp_path}"
+    tested = len(np.load(TINY)["test_y"])
+    for dataset, n, there in ((TINY, 100_000, tested), ("cifar10", 20_000, 10_000)):
+        lines = cli(sweep, f"{flags} --dataset {dataset} --n {n}")[1].splitlines()
+        found = {"n": there, "search_precision": "bf16", "attacks": {"pgd-50-10": 1, "autoattack": 1}}
+        command = f"python eval_attacks.py runs/x --n {n}"
+        Path(shlex.split(lines[0])[-1]).write_text(json.dumps(found | {"command": command}))
+        for asked, left in ((f"--n {n}", 5), (f"--n {n + 1}", 5), ("", 5), (f"--n {there - 1}", 6)):
+            assert len(cli(sweep, f"{flags} --dataset {dataset} {asked}")[1].splitlines()) == left
+        Path(shlex.split(lines[0])[-1]).write_text(json.dumps(found | {"n": there - 1}))
+        assert len(cli(sweep, f"{flags} --dataset {dataset} --n {n}")[1].splitlines()) == 6
+
+
+def test_lines_of_a_sweep_can_be_run_again_and_again(cli, refused, tmp_path):
+    """They resume what is there, whatever was there when they were printed, and no two evaluations share a state."""
+    places = f"--runs {tmp_path}/runs --results {tmp_path}/results --small"
+    states = set()
+    for asked in ("", "--n 7", "--attack pgd", "--search-precision fp32", "--best", "--eps 4"):
+        lines = cli(sweep, f"literal {places} {asked}")[1].splitlines()
+        for train, *evaluations in (line.split(" && ") for line in lines):
+            assert train.endswith(" --resume")
+            found = {words[words.index("--state") + 1] for words in map(shlex.split, evaluations)}
+            assert len(found) == len(evaluations) and len(found & states) == (asked == "--best")
+            states |= found
+            assert all(("eps4_" in state.rpartition("/")[2]) == (asked == "--eps 4") for state in found)
+    assert len(cli(sweep, f"literal {places} --seeds 1,0,1")[1].splitlines()) == 2
+    for flags, message in (
+        ("--seeds=-1", "--seeds"),
+        ("--seeds 9999999999", "--seeds"),
+        ("--depth 11", "--depth"),
+        ("--runs=-x", "'-x'"),
+    ):
+        refused(sweep, f"literal {places} {flags}", message)
+    with mock.patch.object(sys, "argv", ["sweep", "literal", "--runs", "a\nb", "--results", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            sweep.main()
+    (line,) = cli(sweep, f"literal {places} --eps 7.99999999")[1].splitlines()
+    assert line.count("--eps 7.99999999 ") == 2 and "_eps7.99999999_" in line
+
+
+def test_a_clock_that_stands_still(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.perf_counter", lambda: 1.0)
+    flags = f"{BENCH} --steps 1 --batch-size 8 --only standard,fgsm --no-memory --json {tmp_path / 'bench.json'}"
+    assert cli(bench, flags)[::2] == (0, "")
+    assert json.loads((tmp_path / "bench.json").read_text())["result"]["steps"]["fgsm"]["measured"] == 1

@@ -3,14 +3,14 @@
 import argparse
 import os
 import re
+import sys
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from console import CPUINFO, Help, Parser, fail, given, load_arrays, note, number
+from console import CPUINFO, Help, Parser, checksum, fail, given, load_arrays, note, number
 
 
 def make_parser(doc):
@@ -46,7 +46,7 @@ def parse(parser):
     """The checked arguments, with device and precision settled and out filled in."""
     args, defaults = parser.parse_args(), vars(parser.parse_args([]))
     args.not_default = sorted(name for name, value in vars(args).items() if value != defaults[name])
-    args.method = parser.prog.removeprefix("train_").removesuffix(".py")
+    args.method = Path(sys.argv[0]).stem.removeprefix("train_")
     args.out = args.out or f"runs/{args.method}_{Path(args.dataset).stem}_eps{args.eps:g}_seed{args.seed}"
     if 0 < args.eps < 1:
         note(f"--eps {args.eps:g} is in units of 1/255")
@@ -120,16 +120,10 @@ class Data:
             self.mean = [float(h @ value) for h in histograms]
             self.std = [float(max(np.sqrt(h @ (value - m) ** 2), 1e-3)) for h, m in zip(histograms, self.mean)]
             self.train_x = torch.nn.functional.pad(torch.from_numpy(x[:limit_train]), (0, 0, 4, 4, 4, 4)).to(device)
-            labels = torch.from_numpy(y.astype(np.int64))
-            self.train_y = labels[:limit_train].to(device)
-            self.crc32 = 0  # of images and labels: what a resumed run must have, whatever the file's name
-            for array in arrays.values():
-                array = array if array.dtype == np.uint8 else array.astype(np.uint8)
-                self.crc32 = zlib.crc32(np.ascontiguousarray(array), self.crc32)
-            if limit_train and (lacking := missing_classes(labels, limit_train, "training")):
-                note(lacking)
+            self.train_y = torch.from_numpy(y[:limit_train].astype(np.int64)).to(device)
         self.test_x = torch.from_numpy(arrays["test_x"]).to(device)
         self.test_y = torch.from_numpy(arrays["test_y"].astype(np.int64)).to(device)
+        self.crc32, self.labels = checksum(arrays), {split: arrays[f"{split}_y"] for split in splits}  # as in the file
         self.name, self.device = name, device
 
     def steps(self, batch_size):
@@ -182,19 +176,18 @@ def load_data(args):
     data = Data(args.dataset, args.data_dir, args.device, limit_train=args.limit_train)
     if len(data.train_x) < args.batch_size:
         fail(f"{len(data.train_x)} training images do not fill one batch of {args.batch_size}: lower --batch-size")
-    lacking = [
-        missing_classes(data.train_y, args.monitor, "training"),
-        missing_classes(data.test_y, args.monitor, "test"),
-    ]
-    if any(lacking):
-        choice = ": best.pt is chosen on such images" if lacking[0] else ""
-        note(f"--monitor {args.monitor}: {' and '.join(filter(None, lacking))}{choice}")
+    if sentence := missing_classes(data.labels["train"], args.limit_train, "training"):
+        note(f"--limit-train {args.limit_train}: {sentence}")
+    if sentence := missing_classes(data.labels["train"][: args.limit_train], args.monitor, "training"):
+        note(f"--monitor {args.monitor}: {sentence}, and best.pt is chosen on these")
+    elif sentence := missing_classes(data.labels["test"], args.monitor, "test"):
+        note(f"--monitor {args.monitor}: {sentence}")
     return data
 
 
 def missing_classes(y, n, images):
     """A sentence if the first n of the labels y lack classes that y has, as in data sorted by class; else None."""
-    shown, known = (len(labels.unique()) for labels in (y[:n], y))
+    shown, known = (len(np.unique(labels)) for labels in (y[:n], y))
     return f"the first {n} {images} images show {shown} of {known} classes" if shown < known else None
 
 

@@ -14,6 +14,7 @@ import stat
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,14 @@ def load_arrays(name, data_dir, splits=("train", "test")):
         if y.min() < 0 or y.max() >= count:
             fail(f"{name}: {split}_y has labels {y.min()} to {y.max()}, it must have 0 to {count - 1} at most")
     return arrays, classes if len(classes) == count else [f"class {i}" for i in range(count)]
+
+
+def checksum(arrays):
+    """CRC-32 of the images and labels of a data set, {name: array}: the same whatever its file is called."""
+    found = 0
+    for array in arrays.values():
+        found = zlib.crc32(np.ascontiguousarray(array.astype(np.uint8, copy=False)), found)
+    return found
 
 
 def versions(device):

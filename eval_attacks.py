@@ -677,7 +677,7 @@ def evaluate(args):
     data, failed = common.Data(args.dataset, args.data_dir, args.device, ("test",)), []
     x, y = data.test(args.n)
     x = x.contiguous()  # as most networks expect them
-    lacking = common.missing_classes(data.test_y, args.n, "test") if args.n else None
+    lacking = common.missing_classes(data.labels["test"], args.n, "test") if args.n else None
     if lacking:
         console.note(lacking)
 
@@ -736,9 +736,9 @@ def evaluate(args):
     if args.json:
         result = {"clean": accuracy["clean"], "robust": robust, "attacks": {label: accuracy[label] for label in labels}}
         result |= {"autoattack_parts": parts, "n": len(y), "eps": args.eps}
-        result |= {"steps": args.steps, "restarts": args.restarts, "step_size": args.step_size}  # of PGD
+        result |= {"steps": args.steps, "restarts": args.restarts, "step_size": args.step_size, "seed": args.seed}
         result |= {"warnings": [lacking, *doubts] if lacking else doubts}
-        result |= {"seconds": sum(seconds[label] for label in accuracy), "dataset": data.name, "seed": args.seed}
+        result |= {"seconds": sum(seconds[label] for label in accuracy), "dataset": data.name, "crc32": data.crc32}
         result |= {"seconds_per_attack": {label: seconds[label] for label in labels}}
         result |= {"search_precision": args.search_precision, **console.versions(args.device)}
         result["training"] = args.training if args.run else None

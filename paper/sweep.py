@@ -17,22 +17,20 @@ import math
 import re
 import shlex
 import sys
-import zlib
 from pathlib import Path
 
-import numpy as np
-
-import common
 import console
 from eval_attacks import NAMES
 from paper.results import CIFAR, CONFIG, CRC32, NONE, RESULT, attacked_by, data_of, read_json
 
 METHODS = sorted(path.stem.removeprefix("train_") for path in Path().glob("train_*.py"))
+CONTROLS = ["fgsm_rs_latent"]  # modules of paper/
+ALL = METHODS + CONTROLS
 # The method and flags of each row, without the flags that all rows share. Defaults are left out, so that tables share
 # their runs.
 SWEEPS = {
     "table1": [(method, {}) for method in METHODS],
-    "table2": [("fgsm", {}), ("fgsm", {"alpha": 0.9}), ("slat", {"init": "uniform", "input-step": 1.25}), ("slat", {})],
+    "table2": [("fgsm", {}), ("fgsm", {"alpha": 0.9}), ("fgsm_rs_latent", {"input-step": 1.25}), ("slat", {})],
     "table3": [
         ("slat", {}),
         ("slat", {"layers": "0,conv3,conv4"}),
@@ -64,7 +62,8 @@ SWEEPS = {
 
 def load(method):
     """The training script of a method, as a module of its own that nobody else has imported."""
-    spec = importlib.util.spec_from_file_location(f"train_{method}", f"train_{method}.py")
+    path = f"paper/{method}.py" if method in CONTROLS else f"train_{method}.py"
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -83,10 +82,9 @@ def data_set(name):
     """(name, number of test images) of a data set; an .npz is called STEM-CHECKSUM, if it is not CIFAR-10."""
     if name in CIFAR:
         return name, 10_000
-    (arrays, _), checksum = common.load_arrays(name, None), 0
-    for array in arrays.values():  # the crc32 of config.json
-        checksum = zlib.crc32(np.ascontiguousarray(array.astype(np.uint8, copy=False)), checksum)
-    return "cifar10" if checksum == CRC32 else f"{Path(name).stem}-{checksum:08x}", len(arrays["test_y"])
+    arrays, _ = console.load_arrays(name, None)
+    found = console.checksum(arrays)
+    return "cifar10" if found == CRC32 else f"{Path(name).stem}-{found:08x}", len(arrays["test_y"])
 
 
 def done(path, args, data, test_images):
@@ -127,7 +125,8 @@ def commands(sweep, args):
                 continue
             parts = []
             if not (run / "model.pt").exists():
-                train = ["python", f"train_{method}.py", "--dataset", args.dataset, "--data-dir", args.data_dir]
+                train = ["python", *(["-m", f"paper.{method}"] if method in CONTROLS else [f"train_{method}.py"])]
+                train += ["--dataset", args.dataset, "--data-dir", args.data_dir]
                 train += ["--depth", args.depth, "--width", args.width, "--epochs", epochs, "--eps", eps]
                 for flag, value in own.items():
                     train += [f"--{flag}"] + ([] if value is None else [value])
@@ -158,7 +157,13 @@ def main():
     add, number, names = parser.add_argument, console.number, console.names
     add("sweep", choices=SWEEPS)
     add("--seeds", type=seeds, default=[0], help="separated by commas (default 0)")
-    add("--only", type=names(METHODS), default=METHODS, metavar="METHODS", help="these methods, separated by commas")
+    add(
+        "--only",
+        type=names(METHODS + CONTROLS),
+        default=METHODS + CONTROLS,
+        metavar="METHODS",
+        help="these methods, separated by commas",
+    )
     add("--small", action="store_true", help="for a CPU: WRN-10-2, 8 epochs, evaluation on 1,000 images")
     add("--depth", type=int, choices=range(10, 101, 6), metavar="N", help="6n + 4, default 28, with --small 10")
     add("--width", type=number(int, 1), help="default 10, with --small 2")

@@ -136,8 +136,8 @@ def test_monitor_measures_alignment():
 @pytest.mark.parametrize(
     ("clean", "fgsm", "pgd10", "expected"),
     [(50, 32, 30, None), (20, 17, 16, None), (30, 31, 29, None), (80, 9, 0, None), (85, 60, 1, "catastrophic"),
-     (80, 40, 10, "catastrophic"), (16, 26, 5, "catastrophic.*label leaking"), (30, 40, 29, "^label leaking"), (12, 12, 0, None),
-     (46, 19.6, 0.8, "catastrophic")],
+     (80, 40, 10, "catastrophic"), (16, 26, 5, "catastrophic.*label leaking"), (30, 40, 29, "^label leaking"),
+     (12, 12, 0, None), (46, 19.6, 0.8, "catastrophic")],
 )  # fmt: skip
 def test_overfitting_is_recognised(clean, fgsm, pgd10, expected):
     warning = bookkeeping.overfitting({"test_clean": clean, "test_fgsm": fgsm, "test_pgd10": pgd10}, 10)

@@ -253,15 +253,15 @@ def test_data_sorted_by_class_is_said(tmp_path, capsys):
     np.savez(tmp_path / "sorted.npz", **arrays)
     flags = f"--dataset {tmp_path}/sorted.npz --depth 10 --width 1 --epochs 1 --device cpu --out {tmp_path}/run"
     for more, message in (
-        ("--monitor 100 --limit-train 300", "note: the first 300 training images show 2 of 10 classes"),
-        ("--monitor 60", "note: --monitor 60: the first 60 training images show 1 of 10 classes and "
-                         "the first 60 test images show 2 of 10 classes: best.pt is chosen on such images"),
+        ("--monitor 100 --limit-train 300", "note: --limit-train 300: the first 300 training images show 2 of 10"),
+        ("--monitor 60", "note: --monitor 60: the first 60 training images show 1 of 10 classes, and best.pt"),
+        ("--monitor 300", "note: --monitor 300: the first 300 training images show 2 of 10 classes, and best.pt"),
     ):  # fmt: skip
         with contextlib.suppress(SystemExit):
             common.load_data(parsed_of(f"{flags} {more}"))
         assert capsys.readouterr().err.count(message) == 1
-    common.load_data(parsed_of(flags))  # 1000 of 2000 and all of 500: half of the classes
-    assert "show 5 of 10 classes: best.pt" in capsys.readouterr().err
+    common.load_data(parsed_of(flags))  # 1000 of 2000
+    assert "show 5 of 10 classes, and best.pt" in capsys.readouterr().err
 
 
 def parsed_of(flags):

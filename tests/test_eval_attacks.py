@@ -567,7 +567,8 @@ def test_square_breaking_more_than_chance_is_said(cli, run, tmp_path, monkeypatc
     for name in eval_attacks.AUTOATTACK:
         monkeypatch.setitem(ATTACKS, name, fake)
     x, y = torch.zeros(1000, 3, 8, 8), torch.zeros(1000, dtype=torch.long)
-    monkeypatch.setattr(common, "Data", lambda *_: SimpleNamespace(name="", test=lambda _: (x, y), test_y=y))
+    data = SimpleNamespace(name="", test=lambda _: (x, y), labels={"test": y}, crc32=0)
+    monkeypatch.setattr(common, "Data", lambda *_: data)
     found, out, _ = result(cli, f"{run} --attack autoattack", tmp_path / "r.json")
     assert any("Square, which uses no gradients, broke 3 of 1000" in line for line in found["warnings"]) == (more == 3)
     assert ("warning: Square" in out) == (more == 3)

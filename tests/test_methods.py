@@ -15,6 +15,7 @@ import train_fgsm
 import train_slat
 from conftest import SMALL
 from console import load_file
+from paper.fgsm_rs_latent import fgsm_rs_latent
 from wrn import LAYERS, WideResNet
 
 ALL = ("0", "conv1", "conv2")
@@ -130,6 +131,19 @@ def test_slat_and_fgsm_stay_in_the_ball_and_in_the_box_and_see_the_network_as_it
             assert (x_adv - x).abs().max() <= eps + 1e-7 and x_adv.min() >= 0 and x_adv.max() <= 1
             assert not x_adv.requires_grad and (x_adv != x).double().mean() > 0.8
             assert model.bn.running_mean.any()  # in train mode BatchNorm's statistics follow the attack's passes too
+
+
+def test_fgsm_rs_with_latent_takes_hidden_gradients_at_x_and_the_inputs_at_a_random_start(smooth):
+    model, x, y = smooth
+    torch.manual_seed(3)
+    x_adv, delta = fgsm_rs_latent(model, x, y, 0.05, ALL, 0.04, 0.0625, False)
+    torch.manual_seed(3)
+    start = (x + torch.empty_like(x).uniform_(-0.05, 0.05)).clamp(0, 1).requires_grad_()
+    step = 0.0625 * torch.autograd.grad(loss_of(model, start, y), start)[0].sign()
+    torch.testing.assert_close(x_adv, (start + step).clamp(x - 0.05, x + 0.05).detach())
+    known = train_slat.slat(model, x, y, 0.05, ALL, 0.04, 0.01, False)[1]
+    assert delta.keys() == known.keys() == {"conv1", "conv2"}
+    assert all(torch.equal(delta[name], known[name]) for name in known)
 
 
 def test_fgsm_is_torchattacks_fgsm(smooth):

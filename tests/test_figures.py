@@ -22,7 +22,7 @@ import console
 import eval_attacks
 from conftest import ROOT, SCRIPTS, SMALL, TINY, parsed, run_main
 from eval_attacks import load_model
-from paper import bench, demo, figures, results, sweep, toy_2d
+from paper import bench, demo, fgsm_rs_latent, figures, results, sweep, toy_2d
 from wrn import LAYERS
 
 
@@ -278,8 +278,9 @@ def test_errors_are_one_line(refused, runs, monkeypatch):
 
 def parsed_command(command):
     """The flags that a printed command gives its script."""
-    _, script, *flags = shlex.split(command)
+    _, script, *flags = shlex.split(command.replace("-m paper.", "paper."))
     scripts = {f"train_{name}.py": module for name, module in SCRIPTS.items()} | {"eval_attacks.py": eval_attacks}
+    scripts |= {"paper.fgsm_rs_latent": fgsm_rs_latent}
     return parsed(scripts[script], shlex.join(flags))
 
 

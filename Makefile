@@ -1,9 +1,10 @@
 # make demo: the collapse of FGSM training, then SLAT live on 2,000 real images. make test: lint and tests.
+# make check-results: the numbers, links and commands of README and docs against results/.
 # Both set up .venv on first use; PYTHON=python3.12 make demo takes another interpreter.
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test check-results clean
 
 demo: .venv/run
 	@$(PY) -m paper.demo
@@ -19,7 +20,10 @@ demo: .venv/run
 
 test: .venv/dev
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	@$(PY) -m pytest -q -n 2
+	@OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n 2
+
+check-results: .venv/dev
+	@$(PY) -m pytest -q tests/check_results.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \

@@ -36,9 +36,9 @@ def make_parser(doc):
     add("--deterministic", action="store_true", help="repeatable on CUDA too, as a CPU always is; slower kernels")
     add("--monitor", type=number(int, 1), default=1000, metavar="N", help="images for the accuracies after an epoch")
     add("--out", type=given, metavar="DIR", help="run folder (default: runs/METHOD_DATASET_epsEPS_seedSEED)")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true", help="continue the run in DIR, or begin it if there is none")
-    add("--overwrite", action="store_true", help="replace the run in DIR")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", action="store_true", help="continue the run in DIR, or begin it if there is none")
+    either("--overwrite", action="store_true", help="replace the run in DIR")
     return parser
 
 

@@ -128,6 +128,7 @@ def ascend(model, point, loss, y, target=None):
 def pgd(model, x, y, eps, steps=50, restarts=10, step_size=None, random_start=True, **options):
     """Projected gradient descent (Madry et al. 2017, arXiv:1706.06083) on the cross-entropy.
 
+    loop, a generator as in every attack here, yields the points that it tries; `run` judges them, restart by restart.
     step_size: None is eps / 4. Restarts begin uniformly in the ball; random_start=False: at x.
     """
 

@@ -294,7 +294,8 @@ def over_flag(args):
         if who:
             groups.setdefault((order(config["method"]), who), {}).setdefault(config[flag], []).append(result)
             kind = f"{result['network']} on {result['n']} images of {result['data']}"
-            kind += f" at eps {result['eps']:g}" * (flag != "eps") + (result["attack"] and f", {result['attack']}")
+            kind += f" at eps {result['eps']:g}" if flag != "eps" else ""
+            kind += f", {result['attack']}" if result["attack"] else ""
             kinds.setdefault("", {})[kind, result["data_key"]] = kind
             kinds.setdefault(who, {})[config["epochs"]] = f"{who[0]} after {config['epochs']} epochs"
     if not groups:

@@ -175,8 +175,11 @@ def attacked_by(result):
     """What an evaluation did otherwise than usual, as text: budget and step of PGD, seed of the attacks."""
     budgets = [name.upper() for name in result["attacks"] if name.startswith("pgd-")]
     texts = [name for name in budgets if name != "PGD-50-10"]
-    texts += [f"step size {step_size(result):g}"] * bool(budgets and step_size(result) != 0.25)
-    return ", ".join(texts + [f"attack seed {result.get('seed')}"] * bool(result.get("seed")))
+    if budgets and step_size(result) != 0.25:
+        texts.append(f"step size {step_size(result):g}")
+    if result.get("seed"):
+        texts.append(f"attack seed {result['seed']}")
+    return ", ".join(texts)
 
 
 def mean_std(values):

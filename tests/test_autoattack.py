@@ -88,11 +88,29 @@ def test_one_image_images_that_are_wrong_and_eps_0(name):
     assert robust.all() and torch.equal(x_adv, x)
 
 
-def test_the_budgets_are_the_standard_ones():
-    defaults = {f: f.__defaults__ for f in (pgd, apgd, eval_attacks.fab, eval_attacks.square)}
-    assert [*defaults.values()] == [(50, 10, None, True), ("ce", 100, 1, 9), (100, 9, 0.1, 1.05, 0.9), (5000, 0.8, 1)]
+BUDGETS = {
+    pgd: {"steps": 50, "restarts": 10, "step_size": EPS / 4, "random_start": True},
+    apgd: {"loss": "ce", "steps": 100, "restarts": 1},
+    ATTACKS["apgd-t"]: {"steps": 100, "targets": 9},
+    eval_attacks.fab: {"steps": 100, "targets": 9, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9},
+    eval_attacks.square: {"queries": 5000, "p": 0.8, "restarts": 1},
+}
+
+
+@pytest.mark.parametrize("attack", BUDGETS, ids=str)
+def test_the_budgets_are_the_standard_ones(attack):
+    """By default as with the standard budget: as many passes over an image that holds out, and the same end."""
+    model, x, found = Linear(12), images(1), []
+    for own in ({}, BUDGETS[attack]):
+        passes = []
+        x_adv = attack(lambda x, passes=passes: passes.append(1) or model(x), x, predict(model, x), 1e-4, **own)[1]
+        found.append((x_adv, len(passes)))
+    (by_default, n), (standard, m) = found
+    assert torch.equal(by_default, standard) and n == m > 100
+
+
+def test_the_command_lines_budget_is_the_standard_one():
     args = parsed(eval_attacks, "nowhere")
-    assert eval_attacks.logits_at(lambda x: x.flatten(1).bfloat16(), images(2)).dtype == torch.float32
     assert (args.steps, args.restarts, args.step_size, args.search_precision, args.seed) == (50, 10, 0.25, "fp32", 0)
 
 

@@ -89,21 +89,22 @@ def test_one_image_images_that_are_wrong_and_eps_0(name):
 
 
 BUDGETS = {
-    pgd: {"steps": 50, "restarts": 10, "step_size": EPS / 4, "random_start": True},
-    apgd: {"loss": "ce", "steps": 100, "restarts": 1},
-    ATTACKS["apgd-t"]: {"steps": 100, "targets": 9},
-    eval_attacks.fab: {"steps": 100, "targets": 9, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9},
-    eval_attacks.square: {"queries": 5000, "p": 0.8, "restarts": 1},
+    "pgd": {"steps": 50, "restarts": 10, "step_size": EPS / 4, "random_start": True},
+    "apgd-ce": {"loss": "ce", "steps": 100, "restarts": 1},
+    "apgd-t": {"steps": 100, "targets": 9},
+    "fab-t": {"steps": 100, "targets": 9, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9},
+    "square": {"queries": 5000, "p": 0.8, "restarts": 1},
 }
 
 
-@pytest.mark.parametrize("attack", BUDGETS, ids=str)
-def test_the_budgets_are_the_standard_ones(attack):
+@pytest.mark.parametrize("name", BUDGETS)
+def test_the_budgets_are_the_standard_ones(name):
     """By default as with the standard budget: as many passes over an image that holds out, and the same end."""
     model, x, found = Linear(12), images(1), []
-    for own in ({}, BUDGETS[attack]):
+    for own in ({}, BUDGETS[name]):
         passes = []
-        x_adv = attack(lambda x, passes=passes: passes.append(1) or model(x), x, predict(model, x), 1e-4, **own)[1]
+        eps = EPS if name == "pgd" else 1e-4
+        x_adv = ATTACKS[name](lambda x, p=passes: p.append(1) or model(x), x, predict(model, x), eps, **own)[1]
         found.append((x_adv, len(passes)))
     (by_default, n), (standard, m) = found
     assert torch.equal(by_default, standard) and n == m > 100

@@ -1,5 +1,5 @@
 # make demo: the collapse of FGSM training, then SLAT live on 2,000 real images. make test: lint and tests.
-# make check-results: the numbers, links and commands of README and docs against results/.
+# make check-results: the numbers, links, commands and code of README and docs.
 # Both set up .venv on first use; PYTHON=python3.12 make demo takes another interpreter.
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -23,7 +23,7 @@ test: .venv/dev
 	@OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n 2
 
 check-results: .venv/dev
-	@$(PY) -m pytest -q tests/check_results.py
+	@$(PY) -m pytest -q -n 2 tests/check_results.py tests/check_pages.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Remakes the figures in this folder from the committed results and networks: bash results/figures/remake.sh [DATASET]
-# tests/test_figures.py runs those lines that need no network and compares the numbers.
+# tests/check_results.py runs those lines that need no network and compares the numbers.
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." && shopt -s nullglob && set -e
 N=results/cpu R=results/cpu/runs G=results/gpu/runs S=wrn10-2_epochs8 F=results/figures D="--dataset ${1:-cifar10}"
 

@@ -41,13 +41,15 @@ def exact(device):
     with contextlib.ExitStack() as undo, torch.autocast(device.type, enabled=False):
         undo.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
         cudnn.benchmark = False  # verdicts come in batches of every size: each would be timed anew
+        newer = (cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul) if hasattr(cudnn, "conv") else ()
         try:
-            undo.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
-            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            cudnn.allow_tf32 = False
-            torch.set_float32_matmul_precision("highest")
+            if not newer or any(switch.fp32_precision != "ieee" for switch in newer):  # not within another `exact`
+                undo.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+                undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+                cudnn.allow_tf32 = False
+                torch.set_float32_matmul_precision("highest")
         except RuntimeError:  # the program uses torch's newer switches, which do not mix with these
-            for switch in (cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul):
+            for switch in newer:
                 undo.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
                 switch.fp32_precision = "ieee"
         yield

@@ -20,6 +20,13 @@ def fgsm_rs_latent(model, x, y, eps, layers, eta, input_step, latent_clamp=True)
     return fgsm_rs(model, x, y, eps, input_step), delta
 
 
-if __name__ == "__main__":
+def main():
     train_slat.slat = fgsm_rs_latent
-    launch(train_slat.main)
+    try:
+        train_slat.main()
+    finally:
+        train_slat.slat = slat
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -128,14 +128,14 @@ def write_file(path, content):
     content = content.encode(errors="surrogateescape") if isinstance(content, str) else content
     try:
         found = os.stat(path) if os.path.exists(path) else None
-        for descriptor in (1, 2) if found else ():  # stdout, perhaps a file, goes on where this ends
+        into = path if found and not stat.S_ISREG(found.st_mode) else None
+        for descriptor in (2, 1) if found else ():  # stdout, perhaps a file, goes on where this ends
             with contextlib.suppress(OSError):  # closed
                 if os.path.samestat(found, os.fstat(descriptor)):
-                    path, found = descriptor, None
+                    into = descriptor
                     sys.stdout.flush()
-                    break
-        if isinstance(path, int) or found and not stat.S_ISREG(found.st_mode):
-            with open(path, "wb", closefd=not isinstance(path, int)) as file:
+        if into is not None:
+            with open(into, "wb", closefd=into is path) as file:
                 file.write(content)
             return
         with written_next_to(path, content) as new:

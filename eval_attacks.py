@@ -355,8 +355,8 @@ def run(
             b.low, b.high, b.seed = (b.x - eps).clamp(0, 1), (b.x + eps).clamp(0, 1), seed + trial
             b.noise = functools.partial(noise, b.x, images, seed, trial)
             unbroken, best = torch.ones_like(images, dtype=torch.bool), None
-            for kept, begun, length in searches:
-                with PRECISIONS[kept](device):
+            for search_precision, begun, length in searches:
+                with PRECISIONS[search_precision](device):
                     for i, found in zip(range(min(most, length)), loop(b, best, length)):
                         point, logits, best = found
                         hit = (unbroken & misclassified(logits, b.y)).nonzero().flatten()

@@ -157,13 +157,7 @@ def main():
     add, number, names = parser.add_argument, console.number, console.names
     add("sweep", choices=SWEEPS)
     add("--seeds", type=seeds, default=[0], help="separated by commas (default 0)")
-    add(
-        "--only",
-        type=names(METHODS + CONTROLS),
-        default=METHODS + CONTROLS,
-        metavar="METHODS",
-        help="these methods, separated by commas",
-    )
+    add("--only", type=names(ALL), default=ALL, metavar="METHODS", help="these methods, separated by commas")
     add("--small", action="store_true", help="for a CPU: WRN-10-2, 8 epochs, evaluation on 1,000 images")
     add("--depth", type=int, choices=range(10, 101, 6), metavar="N", help="6n + 4, default 28, with --small 10")
     add("--width", type=number(int, 1), help="default 10, with --small 2")

@@ -1,7 +1,8 @@
 """The SLAT paper's figures and tables from your own runs, one sub-command each.
 
-    python -m paper.figures curves runs/slat runs/fgsm            Fig. 6: robust accuracy over epochs
+    python -m paper.figures curves runs/slat runs/fgsm            Fig. 6: clean and robust accuracy over epochs
     python -m paper.figures alignment runs/slat runs/fgsm         Fig. 6: gradient alignment over epochs
+    python -m paper.figures step runs/slat runs/fgsm              accuracy on the way of a single step
     python -m paper.figures landscape runs/slat runs/fgsm         Fig. 4: the loss around test images
     python -m paper.figures grad-norm runs/slat runs/fgsm         Fig. 5: l1 norm of the gradient at every layer
     python -m paper.figures linearity runs/slat runs/fgsm         eq. 6: how far the loss is from linear within a step
@@ -10,8 +11,9 @@
     python -m paper.figures dropout results/cpu/*_epochs8_eps8_*  accuracy over dropout: when SLAT is reliable
     python -m paper.figures table results/[cg]pu/*.json           Tables 1 to 4: mean and std over seeds
 
-The first five take run folders, the others the files that `eval_attacks.py --json` wrote. Every figure is written as
-NAME.png, NAME.svg and NAME.json (the numbers); results/figures/remake.sh has the commands of the committed ones.
+The first six take run folders, the others the files that `eval_attacks.py --json` wrote. Every figure is written as
+NAME.png, NAME.svg and NAME.json (the numbers), and says above it what was trained and how many images were attacked;
+results/figures/remake.sh has the commands of the committed ones.
 """
 
 import argparse
@@ -19,7 +21,6 @@ import io
 import json
 import math
 import os
-import statistics
 import textwrap
 from pathlib import Path
 
@@ -28,15 +29,17 @@ import torch.nn.functional as F
 
 import common
 import console
+import paper.results
 from eval_attacks import load_model
 from paper.results import NUMBER, flags_of, look, order, read_json, read_results, read_run, robust_under, table, text_of
 from wrn import LAYERS
 
 ENDS = ("json", "png", "svg")
 
-# Line, and marker's face (None: the method's colour).
-ACCURACIES = {"clean": (":", None), "PGD-50-10": ("-", None), "AutoAttack": ("none", "white")}
+BAND = "bands: ± 1 standard error"
+ACCURACIES = ("clean", "PGD-50-10", "AutoAttack")
 RING = {"marker": "o", "markersize": 14, "fillstyle": "none", "linestyle": "none", "zorder": 3}
+NOTHING = (math.nan, math.nan)  # a point where nothing was measured
 PEAK = 0.4  # share of the epochs after which the learning rate is highest
 
 
@@ -51,6 +54,7 @@ def pyplot():
     plt.rcParams.update(
         {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "savefig.facecolor": "white"}
         | {"figure.max_open_warning": 0, "legend.edgecolor": "none", "legend.framealpha": 1, "svg.hashsalt": "slat"}
+        | {"lines.markersize": 5, "lines.linewidth": 1.3}
     )
     return plt
 
@@ -110,10 +114,25 @@ def legend_below(figure, axis):
     figure.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / rows))
 
 
+def caption(figure, configs, ns, note=""):
+    """The line above a figure: what was trained, how many images were attacked, and a note."""
+    text = paper.results.trained(configs, ns) + f" · {note}" * bool(note)
+    lines = textwrap.wrap(text.replace("$", r"\$"), int(14 * figure.get_figwidth()))
+    figure.suptitle("\n".join(lines), fontsize=9, color="0.3")
+
+
+def draw(axis, where, values, n, style, label):
+    """A line; if n, of accuracies in per cent, in a band of one standard error of n images to each side."""
+    axis.plot(where, values, **style, label=label)
+    if n:
+        bounds = [[p + side * math.sqrt(max(p * (100 - p) / n, 0)) for p in values] for side in (-1, 1)]
+        axis.fill_between(where, *bounds, color=style["color"], alpha=0.15, linewidth=0)
+
+
 def networks(args):
     """Yield (label, style, network, x, y) for each run; x, y: the first n test images of its data set.
 
-    args.images says which: {"dataset", "n"}, or this for each label if they differ.
+    args.images says which: {"dataset", "n"}, or this for each label if they differ. args.trained is for `caption`.
     """
     configs, used = [read_run(run) for run in args.runs], {}
     for run, config, (label, style) in zip(args.runs, configs, legends(args.runs, configs)):
@@ -122,6 +141,7 @@ def networks(args):
         if y.max() >= model.arguments["num_classes"]:
             console.fail(f"{dataset} has more than the {model.arguments['num_classes']} classes of {run}")
         used[label] = {"dataset": dataset, "n": len(y)}
+        args.trained = configs, [images["n"] for images in used.values()]
         args.images = used if any(images != used[label] for images in used.values()) else used[label]
         yield label, style, model.requires_grad_(False), x, y
 
@@ -133,6 +153,30 @@ def features(model, x, y, names):
         loss = F.cross_entropy(logits, target, reduction="none")
         found = torch.autograd.grad(loss.sum(), [h[name] for name in names])
         yield part, target, loss.detach(), {name: h[name].detach() for name in names}, dict(zip(names, found))
+
+
+def step(args):
+    """Accuracy at x + t eps sign(grad), t from 0 to 1: a single-step attack takes t = 1 for the worst.
+
+    A network that has collapsed is wrong on the way and right again at the end, which is all that it was trained on.
+    """
+    figure, axis = pyplot().subplots(figsize=(7, 4), layout="constrained")
+    shares = torch.linspace(0, 1, args.points)
+    numbers = {"eps": args.eps, "t": shares.tolist(), "accuracy": {}}
+    for label, style, model, x, y in networks(args):
+        right = torch.zeros(args.points)
+        for part, target, _, _, gradient in features(model, x, y, ["0"]):
+            for i, t in enumerate(shares):
+                with torch.no_grad():
+                    logits = model((part + t * args.eps / 255 * gradient["0"].sign()).clamp(0, 1))
+                right[i] += (logits.argmax(1) == target).sum().item()
+        numbers["accuracy"][label] = (100 * right / len(x)).tolist()
+        draw(axis, shares, numbers["accuracy"][label], len(x), style, label)
+    axis.set(xlabel=f"t: share of the step of {args.eps:g}/255", ylabel="accuracy at x + t eps sign(grad) (%)")
+    axis.set(xlim=(-0.02, 1.02), ylim=(0, None))
+    legend_below(figure, axis)
+    caption(figure, *args.trained, BAND)
+    write(args.out, figure, {"images": args.images} | numbers)
 
 
 def landscape(args):
@@ -153,15 +197,17 @@ def landscape(args):
                         total[i, j] += F.cross_entropy(logits, target, reduction="sum").item()
         numbers["loss"][label] = (total / len(x)).tolist()
     surfaces = {label: torch.tensor(surface).T for label, surface in numbers["loss"].items()}
-    size = (3.2 * len(surfaces) + 1, 3.6)
+    size = (max(8, 2.6 * len(surfaces)), 3)
     figure, axes = plt.subplots(1, len(surfaces), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    levels = plt.MaxNLocator(20).tick_values(0, torch.stack(list(surfaces.values())).max().item())
+    every = torch.stack(list(surfaces.values()))
+    levels = plt.MaxNLocator(20, steps=[1, 2, 5, 10]).tick_values(every.min().item(), every.max().item())
     for axis, (label, surface) in zip(axes[0], surfaces.items()):
         shades = axis.contourf(side, side, surface, levels, cmap="viridis")
         axis.contour(side, side, surface, levels, colors="white", linewidths=0.4)
-        axis.set(title=textwrap.fill(label, 24), xlabel="along sign of the gradient (1/255)", aspect="equal")
-    axes[0][0].set_ylabel("along random signs (1/255)")
-    figure.colorbar(shades, ax=axes[0].tolist(), label="mean loss")
+        axis.set(title=textwrap.fill(label, 24), xlabel="sign of gradient (1/255)", aspect="equal")
+    axes[0][0].set_ylabel("random signs (1/255)")
+    figure.colorbar(shades, ax=axes[0].tolist(), label="mean loss", shrink=0.8)
+    caption(figure, *args.trained)
     write(args.out, figure, {"images": args.images} | numbers)
 
 
@@ -170,7 +216,8 @@ def grad_norm(args):
 
     The norm by itself depends on the scale of h, to which BatchNorm makes the next layer blind; the product does not.
     """
-    figure, axes = pyplot().subplots(1, 2, figsize=(9.5, 4), layout="constrained")
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
     numbers = {"l1": {}, "mean_abs_h": {}, "l1_times_mean_abs_h": {}}
     for label, style, model, x, y in networks(args):
         sums = torch.zeros(3, len(LAYERS))
@@ -182,12 +229,15 @@ def grad_norm(args):
             numbers[key][label] = dict(zip(LAYERS, values))
         for axis, key in zip(axes, ("l1", "l1_times_mean_abs_h")):
             axis.plot(LAYERS, numbers[key][label].values(), **style, label=label)
-    for axis, title in zip(axes, ("l1 norm of the loss gradient at h", "that times the mean of |h|: free of scale")):
-        axis.set(xlabel="layer (0 is the input)", title=title)
+    for axis, ylabel in zip(axes, ("l1 norm of the loss gradient at h", "that times the mean of |h|")):
+        axis.set(xlabel="layer whose output is h (0: the input)", ylabel=ylabel)
     axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_minor_formatter("")
     axes[0].yaxis.set_major_formatter("{x:g}")
     axes[1].set_ylim(0)
     legend_below(figure, axes[0])
+    caption(figure, *args.trained)
     write(args.out, figure, {"images": args.images} | numbers)
 
 
@@ -197,7 +247,7 @@ def linearity(args):
     For steps s up to eps; below, for shares of the mean of |h_k|, as BatchNorm makes the next layer blind to its scale.
     """
     names = args.layers
-    size = (3.8 * len(names), 6.4)
+    size = (max(5, 2.7 * len(names)), 5.4)
     figure, axes = pyplot().subplots(2, len(names), figsize=size, squeeze=False, layout="constrained")
     steps = [torch.linspace(0, top, args.points)[1:] for top in (args.eps, args.share)]
     numbers = {"eps": steps[0].tolist(), "share": steps[1].tolist(), "error": {}, "error_of_share": {}}
@@ -215,29 +265,29 @@ def linearity(args):
         for u, key in enumerate(("error", "error_of_share")):
             numbers[key][label] = dict(zip(names, errors[u].tolist()))
             for axis, values in zip(axes[u], errors[u]):
-                axis.plot(steps[u], values, **style, label=label)
-    for row, xlabel in zip(axes, ("step (1/255)", "step (% of the mean of |h|)")):
-        row[0].set_ylabel("mean error of the linear model")
+                axis.plot(steps[u], values, **style, label=label, markevery=3)
+    for row, xlabel in zip(axes, ("step (1/255)", "step (% of mean |h|)")):
+        row[0].set_ylabel("mean error\nof the linear model")
         for axis, name in zip(row, names):
             axis.set(xlabel=xlabel, title="input" if name == "0" else name, ylim=(0, None))
     legend_below(figure, axes[0][0])
+    caption(figure, *args.trained)
     write(args.out, figure, {"images": args.images} | numbers)
 
 
 def over_epochs(args):
     """What was measured after every epoch (Fig. 6).
 
-    curves: accuracy under PGD-10 and FGSM on test images; where they part, the network has collapsed (catastrophic
-    overfitting). A ring is around the epoch whose weights such a run keeps in best.pt: what it has if stopped in time.
+    curves: accuracy on test images, clean and under PGD-10. Of a run that collapses (catastrophic overfitting), which
+    means that it withstands FGSM only, also the accuracy under FGSM. A ring is around the epoch whose weights such a
+    run keeps in best.pt: what it has if stopped in time.
     alignment: mean cosine of the gradients at x and at a random point within eps, on test images.
     """
-    keys, ylabel = {
-        "curves": (["test_pgd10", "test_fgsm"], "accuracy under attack (%)"),
-        "alignment": (["alignment"], "gradient alignment (cosine)"),
-    }[args.command]
-    plt = pyplot()
-    configs = [read_run(run) for run in args.runs]
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    curves, plt = args.command == "curves", pyplot()
+    keys = ["test_clean", "test_pgd10", "test_fgsm"] if curves else ["alignment"]
+    configs, size = [read_run(run) for run in args.runs], (8, 3.8) if curves else (7, 4)
+    figure, axes = plt.subplots(1, 1 + curves, figsize=size, squeeze=False, layout="constrained")
+    axes = axes[0]
     numbers, rings, lengths = {}, False, {config["epochs"] for config in configs}
     end = 1 if len(lengths) > 1 else max(lengths)
     for run, config, (label, style) in zip(args.runs, configs, legends(args.runs, configs)):
@@ -247,25 +297,43 @@ def over_epochs(args):
         # Free-AT and YOPO take fewer epochs than the others; then, as a fraction of all.
         where = [row["epoch"] / (config["epochs"] if len(lengths) > 1 else 1) for row in rows]
         best = max(range(len(rows)), key=lambda i: rows[i]["train_pgd10"])  # where bookkeeping.Run wrote best.pt
-        numbers[label] = {"epochs": config["epochs"], "best_epoch": rows[best]["epoch"]}
+        n = min(config["monitor"], (config.get("data") or {"test": 10_000})["test"])
+        numbers[label] = {"epochs": config["epochs"], "n": n, "best_epoch": rows[best]["epoch"]}
         numbers[label] |= {key: [row[key] for row in rows] for key in ("epoch", *keys)}
-        for key, line in zip(keys, ("-", ":")):
-            axis.plot(where, numbers[label][key], line, **style, label=label if line == "-" else None)
-        collapsed = [(at, row[keys[0]]) for at, row in zip(where, rows) if row.get("warning")]
-        if collapsed:
-            place = {"xytext": (5, 5), "textcoords": "offset points", "color": style["color"], "fontsize": 9}
-            axis.annotate("collapses", collapsed[0], **place, annotation_clip=False)
-            axis.plot(where[best], rows[best][keys[0]], **RING, color=style["color"])
-            rings = True
+        first = next((i for i, row in enumerate(rows) if row.get("warning")), None)
+        for key, axis in zip(keys, axes):
+            # Most cosines are near 1: the axis is logarithmic in what is missing to 1.
+            values = numbers[label][key] if curves else [max(1 - cosine, 1e-3) for cosine in numbers[label][key]]
+            draw(axis, where, values, n if curves else None, style, label)
+            if first is not None:
+                axis.plot(where[best], values[best], **RING, color=style["color"])
+        if first is not None:
+            rings, left, since = True, where[first] > 0.9 * end, slice(max(first - 1, 0), None)
+            place = {"ha": "right", "va": "bottom" if curves else "top"} if left else {}
+            place |= {"xytext": (-8, 0) if left else (5, 5), "textcoords": "offset points", "fontsize": 9}
+            axis.annotate("collapses", (where[first], values[first]), **place, color=style["color"])
+            if curves:
+                axis.plot(where[since], numbers[label]["test_fgsm"][since], ":", **style)
     if rings:
-        axis.plot([], [], **RING, color="0.4", label="best epoch")
-    for line, name in zip(("-", ":"), ("under PGD-10", "under FGSM") if len(keys) > 1 else ()):
-        axis.plot([], [], line, color="0.4", label=name)
-    axis.axvline(PEAK * end, color="0.6", linewidth=1, zorder=0)
-    xlabel = "fraction of training" if end == 1 else "epoch"
-    axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, 1.02 * end), ylim=(0, None))
-    axis.text(PEAK * end, axis.get_ylim()[1], " highest learning rate", color="0.4", va="top", fontsize=9)
-    legend_below(figure, axis)
+        axes[0].plot([], [], **RING, color="0.4", label="best epoch")
+        axes[0].plot([], [], ":", color="0.4", label="under FGSM, once collapsed") if curves else None
+    for axis, title in zip(axes, ("clean", "under PGD-10")):
+        axis.axvline(PEAK * end, color="0.6", linewidth=1, zorder=0)
+        axis.set(xlabel="fraction of training" if end == 1 else "epoch", xlim=(0, 1.02 * end))
+        if curves:
+            axis.set(title=title, ylim=(0, 1.08 * axis.get_ylim()[1]))
+    axes[0].set_ylabel("accuracy (%)" if curves else "gradient alignment (cosine)")
+    if not curves:
+        ticks = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+        axis.set_yscale("log")
+        axis.set_yticks(ticks, [f"{1 - tick:g}" for tick in ticks])
+        axis.yaxis.set_minor_locator(plt.NullLocator())
+        axis.margins(y=0.08)
+        axis.invert_yaxis()
+    top = axes[0].get_ylim()[1]
+    axes[0].text(PEAK * end, top, " highest learning rate", color="0.4", va="top", fontsize=9)
+    legend_below(figure, axes[0])
+    caption(figure, configs, [found["n"] for found in numbers.values()], BAND if curves else "axis: log(1 - cosine)")
     write(args.out, figure, numbers)
 
 
@@ -283,8 +351,9 @@ def series(result, flag):
 
 
 def over_flag(args):
-    """Accuracy over a training flag, all others at their defaults: a point for each seed, a line through the medians.
+    """Accuracy over a training flag, all others at their defaults: a point for each run, a line through the lowest.
 
+    Side by side where they would hide each other. What was measured at one value only has no panel.
     eps: of training and attack (Fig. 3). eta: SLAT's latent step; the input's is at its default or the same (Fig. 7).
     """
     flag, plt = args.command, pyplot()
@@ -304,35 +373,37 @@ def over_flag(args):
         if len(found) > 1:
             found = ", ".join(sorted(found.values()))
             console.fail(f"the results differ in more than {flag}: {found}; give those of one kind")
-    figure, axis = plt.subplots(figsize=(7, max(4, 0.28 * len(groups) + 1.2)), layout="constrained")
-    numbers, xlabels = {}, {"eps": "eps of training and attack (1/255)", "eta": "eta (multiples of eps)"}
-    for (_, (label, colour, marker)), by_value in sorted(groups.items()):
-        values = sorted(by_value)
-        numbers[label] = {flag: values} | {name.lower(): [] for name in ACCURACIES}
-        zorder = 3 if label.endswith("best epoch") else 2  # one mark among many: not under the others
-        axis.plot([], [], color=colour, marker=marker, linestyle="none", label=label)
-        for i, (name, (line, face)) in enumerate(ACCURACIES.items()):
-            for value in values:
-                found = [(result["clean"], *robust_under(result))[i] for result in by_value[value]]
+    numbers, runs, measured = {}, [], {name: set() for name in ACCURACIES}
+    for (_, (label, *_)), by_value in sorted(groups.items()):
+        numbers[label] = {flag: sorted(by_value)} | {name.lower(): [] for name in ACCURACIES}
+        for value in sorted(by_value):
+            runs += by_value[value]
+            for name, found in zip(ACCURACIES, zip(*((run["clean"], *robust_under(run)) for run in by_value[value]))):
                 numbers[label][name.lower()].append([accuracy for accuracy in found if accuracy is not None])
-            found = numbers[label][name.lower()]
-            points = [(value, accuracy) for value, seeds in zip(values, found) for accuracy in seeds]
-            points = zip(*points or [(math.nan, math.nan)])
-            axis.plot(*points, marker, color=colour, mfc=face or colour, clip_on=False, zorder=zorder)
-            # Where one seed of four collapses, the mean is where no run is. Breaks where nothing was measured.
-            medians = [statistics.median(seeds or [math.nan]) for seeds in found]
-            axis.plot(values, medians, linestyle=line, color=colour)
-    ticks = sorted({value for by_value in groups.values() for value in by_value})
-    axis.set(xlabel=xlabels.get(flag, flag), ylabel="accuracy (%)", xticks=ticks)
-    axis.set_ylim(0)
-    for name, (line, face) in ACCURACIES.items():
-        axis.plot([], [], linestyle=line, marker="o", color="#555555", markerfacecolor=face, label=name)
-    figure.legend(loc="outside right center")
+                measured[name] |= {value} if numbers[label][name.lower()][-1] else set()
+    ticks = sorted(measured["clean"])
+    shown = [name for name in ACCURACIES if len(measured[name]) >= min(2, len(ticks))]
+    figure, axes = plt.subplots(1, len(shown), figsize=(8, 3.3), layout="constrained", squeeze=False)
+    gap = min((b - a for a, b in zip(ticks, ticks[1:])), default=1) * 0.5 / len(groups)
+    for axis, name in zip(axes[0], shown):
+        for i, (_, (label, colour, marker)) in enumerate(sorted(groups)):
+            # Next to each other, so that none hides another one.
+            places = [value + gap * (i - (len(groups) - 1) / 2) for value in numbers[label][flag]]
+            found = zip(places, numbers[label][name.lower()])
+            points = [[(x + gap * (k - len(y) / 2) / 6, y[k]) for k in range(len(y))] or [NOTHING] for x, y in found]
+            axis.plot(*zip(*sum(points, [])), marker, color=colour, clip_on=False, label=label)
+            axis.plot(*zip(*[min(seeds, key=lambda point: point[1]) for seeds in points]), color=colour, alpha=0.5)
+        xlabel = {"eps": "eps (1/255)", "eta": "eta (multiples of eps)"}.get(flag, flag)
+        axis.set(title=name, xlabel=xlabel, xticks=ticks, ylim=(0, None))
+    axes[0][0].set_ylabel("accuracy (%)")
+    legend_below(figure, axes[0][0])
+    caption(figure, [run["training"] for run in runs], [run["n"] for run in runs], "line: lowest run")
     write(args.out, figure, numbers)
 
 
-COMMANDS = {"curves": over_epochs, "alignment": over_epochs, "landscape": landscape, "grad-norm": grad_norm}
-COMMANDS |= {"linearity": linearity, "eps": over_flag, "eta": over_flag, "dropout": over_flag, "table": table}
+COMMANDS = {"curves": over_epochs, "alignment": over_epochs, "step": step, "landscape": landscape}
+COMMANDS |= {"grad-norm": grad_norm, "linearity": linearity}
+COMMANDS |= dict.fromkeys(("eps", "eta", "dropout"), over_flag) | {"table": table}
 
 
 def main():
@@ -346,13 +417,13 @@ def main():
         add("runs", nargs="+", type=console.given, help=files)
         name = None if function is table else command
         add("--out", type=console.given, default=name, metavar="NAME", help="default: the command's name")
-        if function in (landscape, grad_norm, linearity):
+        if function in (step, landscape, grad_norm, linearity):
             add("--n", type=number(int, 1), default=100, help="the first N test images (default 100)")
             dataset = "cifar10, cifar100 or an .npz (default: what the run was trained on)"
             add("--dataset", type=console.given, help=dataset)
             add("--data-dir", type=console.given, default="data", help="where cifar10 and cifar100 are (default data)")
             add("--device", type=console.given, default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-        if function in (landscape, linearity):
+        if function in (step, landscape, linearity):
             add("--eps", type=number(float, 0, 255), default=8, help="in 1/255 (default 8)")
             add("--points", type=number(int, 3), default=17, help="along each axis (default 17)")
         if function is landscape:

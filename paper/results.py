@@ -6,6 +6,7 @@ A run is a folder with config.json and metrics.jsonl, a result what `eval_attack
 import json
 import os
 import re
+import statistics
 from pathlib import Path
 from urllib.parse import quote
 
@@ -111,7 +112,7 @@ def checked(path, config, types):
 
 def read_run(run):
     path = Path(run) / "config.json"
-    return checked(path, read_json(path), CONFIG)
+    return checked(path, read_json(path), CONFIG | {"monitor": int})
 
 
 def data_of(config, name):
@@ -180,6 +181,21 @@ def attacked_by(result):
     if result.get("seed"):
         texts.append(f"attack seed {result['seed']}")
     return ", ".join(texts)
+
+
+def trained(configs, ns):
+    """In one line, for a caption: network, data, epochs, eps, images attacked and seeds of these runs."""
+
+    def listed(values):
+        return ", ".join(f"{value:.10g}" for value in sorted(set(values)))
+
+    usual, seeds = statistics.mode(config["epochs"] for config in configs), listed(config["seed"] for config in configs)
+    others = sorted({f"{look(c['method'])[0]} {c['epochs']}" for c in configs if c["epochs"] != usual})
+    texts = [", ".join(sorted({f"WRN-{config['depth']}-{config['width']}" for config in configs}))]
+    texts += [", ".join(sorted({Path(data_of(config, config["dataset"])[0]).stem for config in configs}))]
+    texts += [f"{usual} epochs" + f" ({', '.join(others)})" * bool(others)]
+    texts += [f"eps {listed(config['eps'] for config in configs)} /255", f"n = {listed(ns)} images"]
+    return " · ".join([*texts, f"seed{'s' * (',' in seeds)} {seeds}"])
 
 
 def mean_std(values):

@@ -1,6 +1,5 @@
 """paper/: figures, results, sweep, bench, toy_2d: their numbers, their files, and that what they print can be run."""
 
-import argparse
 import json
 import os
 import runpy
@@ -65,12 +64,14 @@ def test_figures_of_metrics(cli, runs, tmp_path):
         assert cli(figures, f"{command} {runs} --out {tmp_path / command}")[::2] == (0, "")
         numbers = written(tmp_path / command)
         assert numbers["SLAT"][key] == [row[key] for row in rows] and list(numbers) == ["SLAT", "FGSM"]
-        assert numbers["SLAT"]["epoch"] == [1, 2]
+        assert numbers["SLAT"]["epoch"] == [1, 2] and numbers["SLAT"]["n"] == 4
+        assert "test_clean" in numbers["SLAT"] or command == "alignment"
 
 
 def test_figures_of_networks(cli, runs, tmp_path):
     steps = "--points 3 --eps 2"
-    for command, flags in (("grad-norm", ""), ("linearity", f"{steps} --share 10"), ("landscape", steps)):
+    asked = {"grad-norm": "", "linearity": f"{steps} --share 10", "landscape": steps, "step": "--points 3 --eps 80"}
+    for command, flags in asked.items():
         flags += f" --n 12 --device cpu --out {tmp_path / command}"
         assert cli(figures, f"{command} {runs} {flags}")[::2] == (0, "")
     model, (x, y) = load_model(runs.split()[0]), common.load_data(parsed(SCRIPTS["slat"], SMALL)).test(12)
@@ -94,6 +95,13 @@ def test_figures_of_networks(cli, runs, tmp_path):
     for key, expected in zip(("error", "error_of_share"), errors.tolist()):
         assert numbers[key]["SLAT"]["conv1"][-1] == pytest.approx(expected, rel=0.05)
 
+    gradient = torch.autograd.grad(F.cross_entropy(model(x.requires_grad_()), y), x)[0]
+    numbers = written(tmp_path / "step")
+    assert numbers["t"] == [0, 0.5, 1] and numbers["images"]["n"] == 12
+    for t, accuracy in zip(numbers["t"], numbers["accuracy"]["SLAT"]):
+        x_adv = (x + t * 80 / 255 * gradient.sign()).clamp(0, 1)
+        assert accuracy == pytest.approx(100 * (model(x_adv).argmax(1) == y).double().mean().item())
+
     surface = torch.tensor(written(tmp_path / "landscape")["loss"]["SLAT"])
     assert surface[1, 1].item() == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-4)
     assert (surface[2] > surface[0]).all(), "the loss rises along the sign of its gradient"
@@ -102,6 +110,7 @@ def test_figures_of_networks(cli, runs, tmp_path):
 def result(method, seed, clean, pgd, autoattack=None, usual=(), best=False, **flags):
     """What eval_attacks.py --json writes of a run; usual: those of its flags that are the defaults."""
     config = {"method": method, "depth": 10, "width": 2, "epochs": 8, "eps": 8.0, "dropout": 0.3, "seed": seed}
+    config["monitor"] = 100
     config |= {"hardware": "a CPU", "seconds": 60.0 * (seed + 1), "dataset": "cifar10.npz", **flags}
     config["not_default"] = ["depth", "width", *(flag for flag in flags if flag not in usual)]
     attacks = {"pgd-50-10": pgd} | ({"autoattack": autoattack} if autoattack is not None else {})
@@ -125,7 +134,8 @@ def check_legend(figure):
     box, whole, axis = legend.get_window_extent(), figure.bbox, figure.axes[0]
     assert 0 <= box.x0 and box.x1 <= whole.x1 and 0 <= box.y0 and box.y1 <= whole.y1
     assert box.y1 < axis.get_tightbbox().y0 or box.x0 > axis.get_tightbbox().x1
-    assert axis.get_window_extent().height > 2.4 * figure.dpi and axis.get_window_extent().width > 4 * figure.dpi
+    assert all(a.get_window_extent().height > 2 * figure.dpi for a in figure.axes)
+    assert all(a.get_window_extent().width > 2 * figure.dpi for a in figure.axes)
     return legend
 
 
@@ -206,20 +216,78 @@ def test_table_and_figures_of_results(cli, refused, tmp_path):
         refused(figures, f"{flags} --out {tmp_path / 'figure'}", message)
 
 
+def drawn(monkeypatch, command):
+    """The figure of this command."""
+    figure = []
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "write", lambda name, found, numbers: figure.append(found))
+        assert run_main(figures, command) == 0
+    return figure[0]
+
+
 def test_what_is_drawn_over_eps(monkeypatch, tmp_path):
-    """Points of every seed, lines through the means but for AutoAttack, a legend that fits many methods."""
+    """Points of every run, none on another one, lines through the lowest, a legend that fits many methods."""
     methods = [*results.METHODS, *(f"new_{i}" for i in range(8))]
     found = [result(method, 0, 60.0, 42.0, 35.0, eps=eps) for method in methods for eps in (4.0, 8.0)]
-    found += [result("fgsm", 1, 60.0, 44.0, None, eps=8.0)]
-    drawn = []
-    monkeypatch.setattr(figures, "write", lambda name, figure, numbers: drawn.append(figure))
-    figures.over_flag(argparse.Namespace(command="eps", runs=write_results(tmp_path, found), out="eps"))
-    lines = [line for line in drawn[0].axes[0].lines if len(line.get_xdata())]
-    assert [[*line.get_ydata()] for line in lines if line.get_marker() == "s"] == [[60] * 3, [42, 42, 44], [35, 35]]
-    means = [[*line.get_ydata()] for line in lines if line.get_linestyle() not in ("None", "none")]
-    assert len(means) == 2 * len(methods) and [42, 43] in means
-    colours = [handle.get_color() for handle in check_legend(drawn[0]).legend_handles]
-    assert len(colours) == len(methods) + 3 and len(set(colours[:13])) == len(results.METHODS) == 13
+    found += [result("fgsm", 1, 60.0, 0.0, None, eps=8.0)]
+    found[-2]["attacks"].pop("autoattack"), found[-3]["attacks"].pop("autoattack")  # of the last method
+    figure = drawn(monkeypatch, f"eps {' '.join(write_results(tmp_path, found))} --out {tmp_path / 'eps'}")
+    assert [axis.get_title() for axis in figure.axes] == ["clean", "PGD-50-10", "AutoAttack"]
+    points = [line for axis in figure.axes for line in axis.lines if line.get_marker() == "s"]
+    assert [[*line.get_ydata()] for line in points] == [[60] * 3, [42, 42, 0], [35, 35]]
+    for axis in figure.axes:
+        places = [place for line in axis.lines if line.get_marker() != "None" for place in line.get_xdata()]
+        places = [place for place in places if place == place]
+        assert len(set(places)) == len(places) >= 2 * len(methods) - 2
+        assert all(min(abs(place - 4), abs(place - 8)) < 2 for place in places)
+    lowest = [[*line.get_ydata()] for line in figure.axes[1].lines if line.get_linestyle() == "-"]
+    assert len(lowest) == len(methods) and [42, 0] in lowest
+    colours = [handle.get_color() for handle in check_legend(figure).legend_handles]
+    assert len(colours) == len(methods) and len(set(colours[:13])) == len(results.METHODS) == 13
+
+
+def test_what_was_measured_at_one_value_has_no_panel(monkeypatch, tmp_path):
+    found = [result("slat", 0, 60.0, 40.0, 35.0), result("slat", 0, 60.0, 40.0, dropout=0.0)]
+    for files, titles in ((found, ["clean", "PGD-50-10"]), (found[:1], ["clean", "PGD-50-10", "AutoAttack"])):
+        figure = drawn(monkeypatch, f"dropout {' '.join(write_results(tmp_path, files))} --out {tmp_path / 'x'}")
+        assert [axis.get_title() for axis in figure.axes] == titles
+
+
+def test_what_is_drawn_of_a_run_that_collapses(monkeypatch, tmp_path):
+    """FGSM's accuracy of it alone, from the epoch before; a ring at its best epoch; bands of one standard error."""
+    keys = ("epoch", "test_clean", "test_pgd10", "test_fgsm", "train_pgd10", "alignment", "warning")
+    rows = {"slat": [(1, 50, 20, 30, 20, 0.9, None), (2, 60, 25, 35, 25, 0.9, None), (3, 70, 30, 40, 30, 0.9, None)]}
+    rows["fgsm"] = [(1, 50, 20, 30, 20, 0.9, None), (2, 60, 25, 35, 19, 0.5, None), (3, 70, 0, 90, 0, -0.1, "collapse")]
+    for method, lines in rows.items():
+        (tmp_path / method).mkdir()
+        config = result(method, 0, 1.0, 1.0)["training"] | {"epochs": 3}
+        (tmp_path / method / "config.json").write_text(json.dumps(config))
+        text = "".join(json.dumps(dict(zip(keys, line))) + "\n" for line in lines)
+        (tmp_path / method / "metrics.jsonl").write_text(text)
+    figure = drawn(monkeypatch, f"curves {tmp_path}/slat {tmp_path}/fgsm --out {tmp_path}/x")
+    clean, attacked = figure.axes
+    assert [[*line.get_ydata()] for line in attacked.lines if line.get_linestyle() == ":"] == [[35, 90]]
+    rings = [line for line in clean.lines if line.get_markersize() == 14 and len(line.get_xdata())]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in rings] == [(1, 50)]
+    low, high = clean.collections[0].get_paths()[0].get_extents().intervaly
+    assert low == pytest.approx(45) and high == pytest.approx(70 + 21**0.5)  # of n = 100
+    assert [text.get_text() for text in attacked.texts] == ["collapses"]
+    check_legend(figure)
+    (axis,) = drawn(monkeypatch, f"alignment {tmp_path}/slat {tmp_path}/fgsm --out {tmp_path}/x").axes
+    assert [*axis.lines[1].get_ydata()] == pytest.approx([0.1, 0.5, 1.1]) and axis.get_ylim()[0] > axis.get_ylim()[1]
+
+
+def test_captions_say_what_was_trained():
+    configs = [result(method, seed, 1.0, 1.0)["training"] for method, seed in (("slat", 0), ("slat", 1), ("free", 0))]
+    text = "WRN-10-2 · cifar10 · 8 epochs{} · eps 8 /255 · n = {} images · seed{}"
+    assert results.trained(configs[:1], [100]) == text.format("", 100, " 0")
+    configs[2] |= {"epochs": 2}
+    assert results.trained(configs, [1000, 256, 256]) == text.format(" (Free-AT 2)", "256, 1000", "s 0, 1")
+    figure = figures.pyplot().figure(figsize=(7, 4))
+    figures.caption(figure, configs * 2, [1000], "$ " * 60)
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert box.x0 > 0 and box.x1 < figure.bbox.x1
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"training": {}}', json.dumps(result("slat", 0, "53", 1))])

@@ -15,7 +15,8 @@ python -m paper.figures eps $N/{slat,fgsm,fgsm_rs,n_fgsm,fgsm_ckpt}_${S}_eps{4,8
 python -m paper.figures eta $N/slat_${S}_eps8_{seed0,input-step-1.0_seed0,eta-*_seed0}.json --out $F/eta
 python -m paper.figures dropout $N/{slat,fgsm}_${S}_eps8_{,dropout-*_}seed*.json --out $F/dropout
 
-python -m paper.figures landscape $R/{slat,fgsm,pgd,fgsm_ckpt}_${S}_eps8_seed0 $D --n 50 --points 13 --out $F/landscape
+python -m paper.figures step $R/{fgsm,slat}_${S}_eps16_seed0 --eps 16 $D --n 200 --out $F/step-eps16
+python -m paper.figures landscape $R/{slat,fgsm,pgd}_${S}_eps8_seed0 $D --n 50 --points 13 --out $F/landscape
 python -m paper.figures landscape $R/{fgsm,fgsm_rs,slat}_${S}_eps16_seed0 --eps 16 $D --n 50 --out $F/landscape-eps16
 python -m paper.figures grad-norm $R/{slat,fgsm,fgsm_rs,pgd}_${S}_eps8_seed0 $R/free_*_eps8_seed0 $D --n 200 --out $F/grad-norm
 python -m paper.figures linearity $R/{slat,fgsm,fgsm_rs,pgd}_${S}_eps8_seed0 $R/free_*_eps8_seed0 $D --n 100 --out $F/linearity

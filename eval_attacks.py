@@ -294,11 +294,6 @@ def masked_gradients(before, after):
     return [found] if count > 0.002 * len(after) else []  # AutoAttack's threshold: one image in a thousand is chance
 
 
-def percent(right):
-    """How many of a bool tensor are True, in per cent."""
-    return 100 * int(right.sum()) / right.numel()
-
-
 def pick(mask, a, b):
     """Images from a where mask (B,) is True, else from b."""
     return torch.where(mask.view(-1, 1, 1, 1), a, b)
@@ -345,10 +340,7 @@ def run(
     if precision == "bf16":
         searches.append(("fp32", steps, math.ceil(steps / 20)))
     total = sum(length for _, _, length in searches)
-    rounds, few = [(trial, steps) for trial in range(trials)], max(6, steps // 50)
-    if few < steps and not before:  # a few iterations first, to sort out what breaks early
-        rounds.insert(0, (0, few))
-    for trial, most in rounds:
+    for trial in range(trials):
         left = robust.nonzero().flatten()
         for k, images in enumerate(left.split(batch_size) if len(left) else ()):
             b = SimpleNamespace(x=x[images], y=y[images], target=ranking[images, trial] if targeted else None)
@@ -357,7 +349,7 @@ def run(
             unbroken, best = torch.ones_like(images, dtype=torch.bool), None
             for search_precision, begun, length in searches:
                 with PRECISIONS[search_precision](device):
-                    for i, found in zip(range(min(most, length)), loop(b, best, length)):
+                    for i, found in enumerate(loop(b, best, length)):
                         point, logits, best = found
                         hit = (unbroken & misclassified(logits, b.y)).nonzero().flatten()
                         if len(hit):  # only these: without TF32, float32 costs a GPU many times what bfloat16 does
@@ -383,9 +375,8 @@ def run(
 def unmoved(before, after, tolerance):
     """Did logits (N, classes) stay the same between two passes, but for rounding and this share of their spread?
 
-    Compared is what decides the class: how far each logit is below the image's highest. An offset that all share, or a
-    class that is masked by -1e9 or -inf (100 times as far below as any second highest), must neither hide a difference
-    nor feign one.
+    Compared is how far each logit is below the image's highest, so that an offset which all share, or a class that is
+    masked by -1e9 (100 times as far below as any second highest), neither hides a difference nor feigns one.
     """
     finite = before.isfinite().all(1)
     if not finite.any():
@@ -414,14 +405,7 @@ def checked(model, x, y, eps, batch_size=0):
             raise ContractError(f"{name or 'the network'} is in train mode: call model.eval() first")
     x, y = x.detach().clone(memory_format=torch.contiguous_format), y.long().clone()
     few = torch.cat([x[:4], 1 - x[:4]])[: max(batch_size or 8, 2)]  # a single image has company too
-    try:
-        first = outputs(model, few, 8)
-    except RuntimeError as error:
-        if not isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):  # a traceback says more
-            raise
-        reason = str(error).strip().split("\n")[-1]
-        raise ContractError(f"the TorchScript network fails on a batch of {len(few)}: {reason}") from None
-    logits = outputs(model, x, batch_size)
+    first, logits = outputs(model, few, 8), outputs(model, x, batch_size)
     if not logits.isfinite().all():
         raise ContractError(f"the logits are not finite at {int((~logits.isfinite()).any(1).sum())} of {len(x)} images")
     if not all(unmoved(first, outputs(model, few, 8), 1e-4) for _ in range(10)):
@@ -441,12 +425,11 @@ def check_network(model, x, y, eps, batch_size=0, count=250):
     try:
         x, y, logits = checked(model, x[:count], y[:count], eps, batch_size)
         right, chance = logits.argmax(1) == y, 1 / logits.shape[1]
-        if len(x) >= 50 and percent(right) < 100 * (chance + 3 * math.sqrt(chance / len(x))):  # 3 standard deviations
-            found.append(f"{percent(right):.0f} % of {len(x)} images are right, as by chance: check weights and labels")
+        share = right.double().mean().item()
+        if len(x) >= 50 and share < chance + 3 * math.sqrt(chance / len(x)):  # 3 standard deviations
+            found.append(f"{100 * share:.0f} % of {len(x)} images are right, as by chance: check weights and labels")
         if logits.min() >= 0 and logits.max() <= 1:
             found.append("the outputs lie in [0, 1], like probabilities: remove the softmax or sigmoid at the end")
-        if logits.shape[1] < 10:
-            found.append(f"{logits.shape[1]} classes: the targeted attacks take {logits.shape[1] - 1} targets, not 9")
         point = (x + eps / 2 * noise(x, y.new_tensor(range(len(x))), 0, 0, *x.shape[1:])).clamp(0, 1)
         parts = list(zip(*(v.split(batch_size or 64) for v in (point, y))))
         for loss in (cross_entropy, margin):
@@ -489,6 +472,11 @@ def fgsm(model, x, y, eps, **options):
 ATTACKS = {**AUTOATTACK, "apgd-dlr": functools.partial(apgd, loss="dlr"), "fgsm": fgsm, "pgd": pgd}
 NAMES = (*ATTACKS, "autoattack")
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "best.pt")
+
+
+def percent(right):
+    """How many of a bool tensor are True, in per cent."""
+    return 100 * int(right.sum()) / right.numel()
 
 
 def predict(model, x, batch_size=0):
@@ -767,6 +755,10 @@ def main():
         evaluate(args)
     except ContractError as error:
         console.fail(error)
+    except RuntimeError as error:
+        if "TorchScript interpreter" not in str(error):
+            raise
+        console.fail(f"the TorchScript network fails on a batch: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
         more = f": the same command goes on from {args.state}" if args.state else ""
         console.fail(f"interrupted{more}", 130)

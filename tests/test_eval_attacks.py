@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -349,17 +348,12 @@ def test_the_part_to_copy_works_in_a_notebook():
     part = Path(eval_attacks.__file__).read_text().partition("# ------")[0]
     names = {"__name__": "__main__"}
     exec(part, names)
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        robust, _ = names["autoattack"](Linear(3), X, predict(Linear(3), X), 0.1)
-    assert any("3 classes" in str(warning.message) for warning in found)
-    assert torch.equal(robust, autoattack_quietly(Linear(3), X, predict(Linear(3), X), 0.1))
-
-
-def autoattack_quietly(*args):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return autoattack(*args)[0]
+    net, y = nn.Sequential(Linear(3), nn.Softmax(1)).eval(), predict(Linear(3), X)
+    for attack, options in ((pgd, {"steps": 5}), (fab, {"steps": 5}), (square, {"queries": 20})):
+        robust, x_adv = names[attack.__name__](net, X, y, 0.1, **options)
+        assert torch.equal(robust, attack(net, X, y, 0.1, **options)[0]) and not torch.equal(x_adv, X)
+    with pytest.warns(UserWarning, match="probabilities"):
+        names["autoattack"](net, X, y, 1.0)
 
 
 def test_the_whole_file_can_be_copied_alone(tmp_path):
@@ -386,10 +380,6 @@ def test_torchscript(name):
     y, script = predict(net, x), SCRIPTS[name](net, x)
     for attack in (functools.partial(pgd, steps=5), functools.partial(square, queries=20)):
         assert torch.equal(attack(script, x, y, EPS)[0], attack(net, x, y, EPS)[0])
-    if name == "traced":  # with the batch size in its code
-        fixed = torch.jit.trace(lambda images: images.view(3, 192)[:, :4] + 0, x[:3])
-        with pytest.raises(ContractError, match="^the TorchScript network fails on a batch of 8: .*shape"):
-            pgd(fixed, x, y, EPS)
 
 
 def stuck(linear, x):
@@ -751,6 +741,8 @@ def script():
     return torch.jit.script(make_model())
 def frozen():
     return torch.jit.freeze(torch.jit.script(make_model().eval()))
+def fixed():
+    return torch.jit.trace(lambda images: images.view(3, 3072)[:, :12] + 0, torch.zeros(3, 3, 32, 32))
 module = make_model()
 def tuples():
     class Tuples(torch.nn.Linear):
@@ -816,6 +808,13 @@ def test_weights_that_do_not_fit(cli, net, tmp_path, content, message):
     torch.save(content, tmp_path / "w.pt")
     code, _, err = cli(eval_attacks, f"{net} --weights {tmp_path / 'w.pt'}")
     assert code == 2 and re.search(message, err) and err.count("\n") == 1, err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_network_with_its_batch_size_in_its_code(cli, net):
+    code, out, err = cli(eval_attacks, net.replace("make_model", "fixed"))
+    assert code == 2 and not out and "the TorchScript network fails on a batch: " in err and "shape" in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["function", "viewing", "script", "frozen", "module"])

@@ -22,10 +22,10 @@ demo: .venv/run
 
 test: .venv/dev
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	@$(PY) -m pytest -q -n 2
+	@$(PY) -m pytest -q -n auto
 
 check-results: .venv/dev
-	@$(PY) -m pytest -q -n 2 tests/check_results.py tests/check_pages.py
+	@$(PY) -m pytest -q -n auto tests/check_*.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \

@@ -45,7 +45,7 @@ def images(n, seed=2, size=2):
 )
 def test_the_closed_form_of_a_linear_network_is_reached(name, classes, eps):
     """The box cuts the ball to an interval per pixel; the margin to a class is worst at one of its ends."""
-    model, x = Linear(classes), images(200)
+    model, x = Linear(classes), images(90)
     y = predict(model, x)
     y[:10] = (y[:10] + 1) % classes  # some are wrong as they are
     expected = predict(model, x) == y
@@ -54,7 +54,7 @@ def test_the_closed_form_of_a_linear_network_is_reached(name, classes, eps):
         logits = model(torch.where(direction > 0, (x + eps).clamp(max=1), (x - eps).clamp(min=0)))
         expected &= (y == target) | (logits[:, target] <= logits.gather(1, y[:, None])[:, 0])
     options = {"targets": 11} if name == "apgd-t" else {}
-    robust, x_adv = ATTACKS[name](model, x, y, eps, batch_size=64, **options)
+    robust, x_adv = ATTACKS[name](model, x, y, eps, batch_size=50, **options)
     assert torch.equal(robust, expected)
     assert is_adversarial(model, x, x_adv, y, eps)[~robust].all()
     assert expected.double().mean() < 0.95
@@ -249,9 +249,9 @@ def test_fab_is_its_algorithm_with_torchattacks_projections(loop_of):
 
 def test_fab_finds_the_nearest_point_of_a_linear_network():
     """By the closed form, an image at distance r breaks at eps = 1.01 r and not at 0.99 r."""
-    model, x = Linear(2), images(50)
+    model, x = Linear(2), images(20)
     y = predict(model, x)
-    for i in range(50):
+    for i in range(20):
         w = (model.w[1 - y[i]] - model.w[y[i]]).detach()
         gap = -(w * x[i].flatten()).sum()
         r = float(eval_attacks.project_to_plane(x[i].view(1, -1), w[None], gap[None]).abs().max())
@@ -260,8 +260,8 @@ def test_fab_finds_the_nearest_point_of_a_linear_network():
             assert eval_attacks.fab(model, x[i : i + 1], y[i : i + 1], 0.99 * r - 1e-6)[0]
 
 
-def test_square_changes_one_square_a_query_and_keeps_what_raises_the_margin(trained, loop_of):
-    model, x, y = trained[0], *(v[:4] for v in trained[1:])
+def test_square_changes_one_square_a_query_and_keeps_what_raises_the_margin(tiny, trained, loop_of):
+    model, (x, y) = trained[0], tiny.test(4)
     loop, b = loop_of(eval_attacks.square, model, x, y, EPS)
     ends = {10: 29, 50: 20, 200: 14, 500: 10}  # the last query with squares of that side, round(sqrt(p) 32)
     seen, before, highest, colours = set(), None, torch.full((4,), -torch.inf), []

@@ -148,11 +148,11 @@ def test_a_clock_that_stands_still(tmp_path, monkeypatch, capsys):
 
 
 def test_no_flipped_bit_of_a_file_of_weights_changes_them(tmp_path):
-    """Every third bit; some mean nothing. torch reads what is marked as a folder as whatever is in memory."""
+    """Every seventh bit; some mean nothing. torch reads what is marked as a folder as whatever is in memory."""
     path, weights = tmp_path / "w.pt", {"a": torch.arange(6.0), "b": torch.ones(2, dtype=torch.double)}
     torch.save(weights, path)
     content, refused = path.read_bytes(), 0
-    for i in range(0, 8 * len(content), 3):
+    for i in range(0, 8 * len(content), 7):
         flipped = bytearray(content)
         flipped[i // 8] ^= 1 << i % 8
         path.write_bytes(flipped)
@@ -161,7 +161,7 @@ def test_no_flipped_bit_of_a_file_of_weights_changes_them(tmp_path):
             assert all(torch.equal(found[key], value) for key, value in weights.items()), i
         except OSError:
             refused += 1
-    assert refused > 0.3 * len(content)
+    assert refused > 0.13 * len(content)
 
 
 def test_records_that_only_look_whole_are_refused(tmp_path):

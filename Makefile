@@ -1,12 +1,24 @@
-# make demo: two trained networks under attack, then SLAT live on 2,000 real images. make test: lint and tests.
-# make check-results: the numbers, links, commands and code of README and docs.
+# make collapse: watch FGSM training collapse. make demo: two trained networks under attack, then SLAT live.
+# make test: lint and tests. make check-results: the numbers, links, commands and code of README and docs.
 # Both set up .venv on first use; PYTHON=python3.12 make demo takes another interpreter.
 PYTHON ?= python3
 PY = .venv/bin/python
 # Threads that wait sleep: next to a busy process, spinning ones take many times as long. Costs 9 % on a quiet machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test check-results clean
+.PHONY: collapse demo test check-results clean
+
+# Others: make collapse METHODS="fgsm slat" DROPOUT=0.3 SEED=1
+METHODS = fgsm n_fgsm
+DROPOUT = 0
+SEED = 0
+# In float32, so that bfloat16 hardware shows the same.
+SMALL = --dataset data/cifar10_tiny.npz --depth 10 --width 1 --eps 16 --batch-size 32 --epochs 12 --precision fp32 --monitor 100
+
+collapse: .venv/dev
+	@for method in $(METHODS); do $(PY) train_$$method.py $(SMALL) --dropout $(DROPOUT) --seed $(SEED) --device cpu \
+		--out runs/collapse/$$method --overwrite && echo || exit 1; done
+	@$(PY) -m paper.figures curves $(METHODS:%=runs/collapse/%) --out runs/collapse/curves
 
 demo: .venv/run
 	@$(PY) -m paper.demo

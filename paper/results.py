@@ -105,7 +105,7 @@ def read_json(path, types=None):
 def checked(path, config, types):
     """The flags of a run that are in this file, with these types."""
     check(path, config, types)
-    check(path, config, dict.fromkeys(config["not_default"], (bool, *NUMBER, str, list)))
+    check(path, config, dict.fromkeys({*config["not_default"]} - NO_SETUP, (bool, *NUMBER, str, list)))
     check(path, config, dict.fromkeys({"eta", "input_step", "dropout"} & config.keys(), NUMBER))
     return config
 
@@ -194,7 +194,7 @@ def trained(configs, ns):
     texts = [", ".join(sorted({f"WRN-{config['depth']}-{config['width']}" for config in configs}))]
     texts += [", ".join(sorted({Path(data_of(config, config["dataset"])[0]).stem for config in configs}))]
     texts += [f"{usual} epochs" + f" ({', '.join(others)})" * bool(others)]
-    texts += [f"eps {listed(config['eps'] for config in configs)} /255", f"n = {listed(ns)} images"]
+    texts += [f"eps {listed(config['eps'] for config in configs)}/255", f"n = {listed(ns)} images"]
     return " · ".join([*texts, f"seed{'s' * (',' in seeds)} {seeds}"])
 
 

@@ -44,7 +44,7 @@ SWEEPS = {
         ("slat", {"input-step": 1.0}),
     ],
     "latent-eta": [("slat", {"eta": eta} if eta != 1 else {}) for eta in (0.6, 0.7, 0.8, 0.9, 1, 1.8)],
-    "literal": [("slat", {"input-step": 1, "no-latent-clamp": None, "dropout": 0})],  # the paper's text, word for word
+    "literal": [("slat", {"input-step": 1, "no-latent-clamp": None, "dropout": 0})],  # what the paper's text states
     "reliability": [  # how often SLAT collapses, by dropout
         *[("slat", {"dropout": dropout}) for dropout in (0, 0.1, 0.2)],
         ("slat", {}),

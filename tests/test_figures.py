@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
     """Folders of a SLAT and an FGSM run."""
     folder = tmp_path_factory.mktemp("runs")
     for method in ("slat", "fgsm"):
-        assert run_main(SCRIPTS[method], f"{SMALL} --epochs 2 --monitor 4 --out {folder / method}") == 0
+        assert run_main(SCRIPTS[method], f"{SMALL} --epochs 2 --monitor 4 --overwrite --out {folder / method}") == 0
     return f"{folder}/slat {folder}/fgsm"
 
 
@@ -279,7 +279,7 @@ def test_what_is_drawn_of_a_run_that_collapses(monkeypatch, tmp_path):
 
 def test_captions_say_what_was_trained():
     configs = [result(method, seed, 1.0, 1.0)["training"] for method, seed in (("slat", 0), ("slat", 1), ("free", 0))]
-    text = "WRN-10-2 · cifar10 · 8 epochs{} · eps 8 /255 · n = {} images · seed{}"
+    text = "WRN-10-2 · cifar10 · 8 epochs{} · eps 8/255 · n = {} images · seed{}"
     assert results.trained(configs[:1], [100]) == text.format("", 100, " 0")
     configs[2] |= {"epochs": 2}
     assert results.trained(configs, [1000, 256, 256]) == text.format(" (Free-AT 2)", "256, 1000", "s 0, 1")

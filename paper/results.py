@@ -231,11 +231,26 @@ def text_of(flags):
     return ", ".join(texts).replace("_", " ")
 
 
-RESULTS_HEAD = """\
+RELIABILITY_HEAD = """\
 # Results
 
-Made by `python -m paper.figures table` from the JSON files that the last column links to; they hold
-commands and versions. Per cent, mean ± std over seeds, of which a seed that was trained or attacked
+Made by `python -m paper.figures table` from the JSON files that the last column of the second table
+links to, and from the runs' `metrics.jsonl`.
+
+## Reliability
+
+How many seeds collapse: a run has collapsed if, under PGD-50-10, it ends below 5 % or below a third
+of its best epoch's PGD-10 accuracy; the epoch is the first below that bound from which it does not
+come back. Where the metrics are missing 5 % is all that counts, and the epoch is "?". Accuracies,
+mean and range, are of the seeds that did not. Methods at their defaults but for dropout.
+
+| method | network | epochs | eps | dropout | seeds | collapsed | in epoch | clean | PGD-50-10 |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+RESULTS_HEAD = """\
+
+## All runs
+
+The JSON files hold commands and versions. Per cent, mean ± std over seeds, of which a seed that was trained or attacked
 twice is one, by its mean; [1 of 2] where not every seed was attacked; in brackets what the paper
 reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and
 AutoAttack are run on the first n test images. A JSON file without `autoattack_parts` is older: its
@@ -247,15 +262,58 @@ accuracies after each epoch, by the clock, whatever else the machine was doing.
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
-def table(args):
-    """One row for each set-up, mean and std over its seeds, as Markdown, next to the paper's; then OUT.notes.md."""
-    base = Path(args.out).absolute().parent if args.out else Path.cwd()
+def epochs_of(config):
+    """(epochs asked for, epochs done, as text): fewer if the run was stopped."""
+    epochs = config["epochs"]
+    done = (config.get("last_epoch") or {}).get("epoch", epochs)
+    return epochs, done, f"{done} of {epochs}" if done < epochs else str(epochs)
+
+
+def collapse(result):
+    """The epoch in which a run collapsed, "?" if its metrics.jsonl is not there, None if it did not collapse."""
+    path = Path(result["path"])
+    folders = (path.parent / "runs" / path.stem, Path(result["training"].get("out") or path.stem))
+    log = next((folder / "metrics.jsonl" for folder in folders if (folder / "metrics.jsonl").is_file()), None)
+    epochs = [line["test_pgd10"] for line in read_json(log, {"test_pgd10": NUMBER})] if log else []
+    bound = max([5, *(pgd10 / 3 for pgd10 in epochs)])
+    if robust_under(result)[0] >= bound:
+        return None
+    return max((i for i, pgd10 in enumerate(epochs, 1) if pgd10 >= bound), default=0) + 1 if epochs else "?"
+
+
+def reliability(results):
+    """How many seeds of each method collapsed, by network, eps and dropout, as rows of Markdown."""
     groups = {}
-    for result in read_results(args):
+    for result in results:
+        config = result["training"]
+        if result["attack"] or robust_under(result)[0] is None or not result["flags"].keys() <= {"dropout"}:
+            continue
+        setup = (result["data_key"], (config["depth"], config["width"]), result["eps"], order(config["method"]))
+        seeds = groups.setdefault((*setup, epochs_of(config), config.get("dropout", 0.3)), {})
+        seeds.setdefault(config["seed"], []).append(result)
+    for (_, network, eps, (_, method), epochs, dropout), seeds in sorted(groups.items()):
+        ends = {seed: [collapse(result) for result in found] for seed, found in seeds.items()}
+        lost = sorted({end for found in ends.values() for end in found if end}, key=str)
+        whole = [seeds[seed] for seed, found in ends.items() if not any(found)]
+        cells = []
+        for number in (lambda r: r["clean"], lambda r: robust_under(r)[0]):
+            values = [mean_std([number(result) for result in found])[0] for found in whole]
+            cells.append(f"{mean_std(values)[0]:.1f}" if values else "-")
+            if len(values) > 1:
+                cells[-1] += f" ({min(values):.1f} to {max(values):.1f})"
+        row = [look(method)[0], f"WRN-{network[0]}-{network[1]}", epochs[-1], f"{eps:g}", f"{dropout:g}", len(seeds)]
+        row += [len(seeds) - len(whole), ", ".join(map(str, lost)) or "-", *cells]
+        yield f"| {' | '.join(map(str, row))} |"
+
+
+def table(args):
+    """Reliability; one row for each set-up, mean and std over its seeds, next to the paper's; then OUT.notes.md."""
+    base = Path(args.out).absolute().parent if args.out else Path.cwd()
+    groups, results = {}, read_results(args)
+    for result in results:
         config = result["training"]
         setup = (result["data_key"], (config["depth"], config["width"]), result["eps"], order(config["method"]))
-        done = (config.get("last_epoch") or {}).get("epoch", config["epochs"])  # fewer if it was stopped
-        setup += (text_of(result["flags"]), result["attack"], (config["epochs"], done), result["n"])
+        setup += (text_of(result["flags"]), result["attack"], epochs_of(config), result["n"])
         groups.setdefault(setup, {}).setdefault(config["seed"], []).append(result)
 
     def cell(values, paper=None):
@@ -269,16 +327,16 @@ def table(args):
         seconds = result["training"].get("seconds")
         return result["clean"], *robust_under(result), None if seconds is None else seconds / 60
 
-    lines = [RESULTS_HEAD]
-    for (_, _, eps, (_, method), flags, attack, (epochs, done), n), seeds in sorted(groups.items()):
+    lines = [RELIABILITY_HEAD, *reliability(results), RESULTS_HEAD]
+    for (_, _, eps, (_, method), flags, attack, epochs, n), seeds in sorted(groups.items()):
         results = [result for found in seeds.values() for result in found]
         data = ", ".join(sorted({result["data"] for result in results}))
         paper = PAPER.get((data, method, flags), [None] * 3) if eps == 8 else [None] * 3
         # One value for each seed: a network that was trained or attacked twice says nothing about other seeds.
         values = [[mean_std(column)[0] for column in zip(*map(numbers, found))] for found in seeds.values()]
         *accuracies, minutes = zip(*values)
-        epochs, flags = f"{done} of {epochs}" if done < epochs else epochs, ", ".join(filter(None, (flags, attack)))
-        row = [look(method)[0], flags, data, results[0]["network"], epochs, f"{eps:g}", n]
+        flags = ", ".join(filter(None, (flags, attack)))
+        row = [look(method)[0], flags, data, results[0]["network"], epochs[-1], f"{eps:g}", n]
         row += [*map(cell, accuracies, paper), cell(minutes).replace("not run", "-")]
         row += [", ".join(sorted({r["training"]["hardware"] for r in results}))]
         links = sorted((r["training"]["seed"], os.path.relpath(r["path"], base)) for r in results)

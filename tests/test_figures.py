@@ -534,7 +534,8 @@ def rows_of(cli, folder, found, err=""):
         file.unlink()
     code, out, notes = cli(figures, f"table {' '.join(write_results(folder, found))}")
     assert code == 0 and err in notes and notes.count("\n") == bool(err)
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "WRN-10-2" in line]
+    lines = out.partition("## All runs")[2].splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "WRN-10-2" in line]
 
 
 def test_a_row_is_one_kind_of_evaluation(cli, tmp_path):
@@ -662,6 +663,21 @@ def test_figures_say_which_images_they_used(cli, runs, tmp_path):
     assert cli(figures, command)[0] == 0
     assert written(tmp_path / "x")["images"]["a"] == {"dataset": small, "n": 8}
     assert written(tmp_path / "x")["images"]["b"]["n"] == 30
+
+
+def test_collapses_are_counted_over_seeds(cli, tmp_path):
+    """Below 5 %, or below a third of the best epoch; a seed that ran twice counts once; other flags have no row."""
+    found = [result("fgsm", seed, 50.0, pgd) for seed, pgd in enumerate((30.0, 9.0, 4.9, 32.0, 11.0))]
+    found += [result("fgsm", 3, 52.0, 3.0), result("fgsm", 6, 50.0, 1.0, alpha=0.9)]
+    files = write_results(tmp_path, found)
+    for i, epochs in enumerate(([10, 31], [28, 8, 12, 9, 9], [], [1, 20], [30, 9, 12])):
+        folder = tmp_path / "runs" / Path(files[i]).stem
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(f'{{"test_pgd10": {pgd10}}}\n' for pgd10 in epochs))
+    out = cli(figures, f"table {' '.join(files)}")[1]
+    (row,) = [line for line in out.partition("## All runs")[0].splitlines() if line.startswith("| FGSM")]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[5:] == ["5", "3", "4, ?", "50.0 (50.0 to 50.0)", "20.5 (11.0 to 30.0)"]
 
 
 def test_markdown_survives_what_is_in_names(cli, tmp_path):

@@ -45,10 +45,11 @@ SWEEPS = {
     ],
     "latent-eta": [("slat", {"eta": eta} if eta != 1 else {}) for eta in (0.6, 0.7, 0.8, 0.9, 1, 1.8)],
     "literal": [("slat", {"input-step": 1, "no-latent-clamp": None, "dropout": 0})],  # what the paper's text states
-    "reliability": [  # how often SLAT collapses, by dropout
+    "reliability": [  # how often a method collapses: for many seeds
         *[("slat", {"dropout": dropout}) for dropout in (0, 0.1, 0.2)],
         ("slat", {}),
-        ("fgsm", {"dropout": 0}),
+        *[(method, {"dropout": 0}) for method in ("fgsm", "fgsm_rs", "n_fgsm", "pgd")],
+        ("n_fgsm", {}),
     ],
     "untold": [  # what the paper does not mention: dropout, input step, clamp, momentum
         ("slat", {}),
@@ -130,6 +131,7 @@ def commands(sweep, args):
                 train += ["--depth", args.depth, "--width", args.width, "--epochs", epochs, "--eps", eps]
                 for flag, value in own.items():
                     train += [f"--{flag}"] + ([] if value is None else [value])
+                train += ["--monitor", args.monitor] if args.monitor else []
                 train += [*device, "--seed", seed, "--out", run, "--resume"]  # begins a run where there is none
                 parts.append(train)
             for end in left:
@@ -163,6 +165,7 @@ def main():
     add("--width", type=number(int, 1), help="default 10, with --small 2")
     add("--epochs", type=number(int, 1), help="default 30, with --small 8; Free-AT and YOPO proportionally fewer")
     add("--eps", type=number(float, 0, 255), default=8, help="in 1/255 (default 8); eps and eps16 have their own")
+    add("--monitor", type=number(int, 1), metavar="N", help="images for the accuracies after an epoch (default 1000)")
     add("--n", type=number(int, 1), help="test images that are attacked (default all, with --small 1000)")
     add("--attack", type=names(NAMES), default="pgd,autoattack", help="for eval_attacks.py (default pgd,autoattack)")
     add("--best", action="store_true", help="evaluate best.pt too, the early-stopped network: NAME_best.json")

@@ -342,14 +342,14 @@ ROWS |= {"table3": "layers-0-conv3-conv4_eta-2.7", "table2": "alpha-0.9", "eps":
 
 @pytest.mark.parametrize("name", sweep.SWEEPS)
 def test_every_printed_command_is_understood_by_its_script(cli, tmp_path, name):
-    flags = f"--seeds 0,1 --small --best --device cpu --dataset {TINY} --results {tmp_path} --runs {tmp_path}"
+    flags = f"--seeds 0,1 --small --best --device cpu --dataset {TINY} --results {tmp_path} --runs {tmp_path} --monitor 7"
     lines = cli(sweep, f"{name} {flags}")[1].splitlines()
     assert len(lines) == len(set(lines)) == 2 * len(sweep.SWEEPS[name])
     assert any(f"_{ROWS.get(name, 'eps8')}_seed1.json" in line for line in lines)
     for line in lines:
         train, *evaluations = line.split(" && ")
         args = parsed_command(train)
-        assert (args.depth, args.width, args.device, args.dataset) == (10, 2, "cpu", TINY)
+        assert (args.depth, args.width, args.device, args.dataset, args.monitor) == (10, 2, "cpu", TINY, 7)
         assert args.epochs == (2 if "free" in line or "yopo" in line else 8)
         run = Path(args.out)
         run.mkdir()  # as the run would

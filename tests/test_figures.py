@@ -342,7 +342,8 @@ ROWS |= {"table3": "layers-0-conv3-conv4_eta-2.7", "table2": "alpha-0.9", "eps":
 
 @pytest.mark.parametrize("name", sweep.SWEEPS)
 def test_every_printed_command_is_understood_by_its_script(cli, tmp_path, name):
-    flags = f"--seeds 0,1 --small --best --device cpu --dataset {TINY} --results {tmp_path} --runs {tmp_path} --monitor 7"
+    flags = f"--seeds 0,1 --small --best --device cpu --monitor 7 --dataset {TINY} --results {tmp_path}"
+    flags += f" --runs {tmp_path}"
     lines = cli(sweep, f"{name} {flags}")[1].splitlines()
     assert len(lines) == len(set(lines)) == 2 * len(sweep.SWEEPS[name])
     assert any(f"_{ROWS.get(name, 'eps8')}_seed1.json" in line for line in lines)

@@ -250,13 +250,13 @@ RESULTS_HEAD = """\
 
 ## All runs
 
-The JSON files hold commands and versions. Per cent, mean ± std over seeds, of which a seed that was trained or attacked
-twice is one, by its mean; [1 of 2] where not every seed was attacked; in brackets what the paper
-reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and
-AutoAttack are run on the first n test images. A JSON file without `autoattack_parts` is older: its
-AutoAttack is what PGD-50-10 and AutoAttack left together. "best epoch" is best.pt, the epoch with
-the best PGD-10 accuracy on training images. Minutes are those of the training steps, without the
-accuracies after each epoch, by the clock, whatever else the machine was doing.
+The JSON files hold commands and versions. Per cent, mean ± std over seeds, of which a seed that was
+trained or attacked twice is one, by its mean; [1 of 2] where not every seed was attacked; in
+brackets what the paper reports for WRN-28-10 after 30 epochs, four seeds. PGD-50-10 and AutoAttack
+are run on the first n test images. A JSON file without `autoattack_parts` is older: its AutoAttack
+is what PGD-50-10 and AutoAttack left together. "best epoch" is best.pt, the epoch with the best
+PGD-10 accuracy on training images; the column of epochs names it. Minutes are those of the training
+steps, without the accuracies after each epoch, by the clock, whatever else the machine was doing.
 
 | method | flags | data | network | epochs | eps | n | clean | PGD-50-10 | AutoAttack | minutes | hardware | seeds |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
@@ -269,12 +269,17 @@ def epochs_of(config):
     return epochs, done, f"{done} of {epochs}" if done < epochs else str(epochs)
 
 
+def per_epoch(result, key):
+    """What metrics.jsonl has under key, a list; [] if it is neither in runs/ next to the JSON nor where it was."""
+    path, out = Path(result["path"]), result["training"].get("out")
+    folders = (path.parent / "runs" / path.stem.removesuffix("_best"), Path(out or path.stem))
+    log = next((folder / "metrics.jsonl" for folder in folders if (folder / "metrics.jsonl").is_file()), None)
+    return [line[key] for line in read_json(log, {key: NUMBER})] if log else []
+
+
 def collapse(result):
     """The epoch in which a run collapsed, "?" if its metrics.jsonl is not there, None if it did not collapse."""
-    path = Path(result["path"])
-    folders = (path.parent / "runs" / path.stem, Path(result["training"].get("out") or path.stem))
-    log = next((folder / "metrics.jsonl" for folder in folders if (folder / "metrics.jsonl").is_file()), None)
-    epochs = [line["test_pgd10"] for line in read_json(log, {"test_pgd10": NUMBER})] if log else []
+    epochs = per_epoch(result, "test_pgd10")
     bound = max([5, *(pgd10 / 3 for pgd10 in epochs)])
     if robust_under(result)[0] >= bound:
         return None
@@ -336,7 +341,11 @@ def table(args):
         values = [[mean_std(column)[0] for column in zip(*map(numbers, found))] for found in seeds.values()]
         *accuracies, minutes = zip(*values)
         flags = ", ".join(filter(None, (flags, attack)))
-        row = [look(method)[0], flags, data, results[0]["network"], epochs[-1], f"{eps:g}", n]
+        epochs = epochs[-1]
+        if "best epoch" in flags:
+            found = sorted({log.index(max(log)) + 1 for r in results if (log := per_epoch(r, "train_pgd10"))})
+            epochs = f"{', '.join(map(str, found)) or '?'} of {results[0]['training']['epochs']}"
+        row = [look(method)[0], flags, data, results[0]["network"], epochs, f"{eps:g}", n]
         row += [*map(cell, accuracies, paper), cell(minutes).replace("not run", "-")]
         row += [", ".join(sorted({r["training"]["hardware"] for r in results}))]
         links = sorted((r["training"]["seed"], os.path.relpath(r["path"], base)) for r in results)

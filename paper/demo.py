@@ -1,4 +1,4 @@
-"""Catastrophic overfitting in half a minute: two networks that ship with the project, attacked on bundled images.
+"""Catastrophic overfitting in a minute: two networks that ship with the project, attacked on bundled images.
 
     python -m paper.demo
     python -m paper.demo runs/demo        draws what eval_attacks.py --save-adv runs/demo/adv.npz found

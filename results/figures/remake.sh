@@ -21,3 +21,6 @@ python -m paper.figures landscape $R/{fgsm,fgsm_rs,slat}_${S}_eps16_seed0 --eps 
 python -m paper.figures grad-norm $R/{slat,fgsm,fgsm_rs,pgd}_${S}_eps8_seed0 $R/free_*_eps8_seed0 $D --n 200 --out $F/grad-norm
 python -m paper.figures linearity $R/{slat,fgsm,fgsm_rs,pgd}_${S}_eps8_seed0 $R/free_*_eps8_seed0 $D --n 100 --out $F/linearity
 python -m paper.toy_2d --out $F/toy_2d
+# attack.png: cp -r results/cpu/runs/fgsm_wrn10-2_epochs8_eps8_seed0 runs/attack, then
+# python eval_attacks.py runs/attack --attack pgd --dataset data/cifar10_tiny.npz --n 100 --save-adv runs/attack/adv.npz
+# python -m paper.demo runs/attack && mv runs/attack/examples.png results/figures/attack.png

@@ -17,7 +17,7 @@ import torchvision
 
 import common
 import eval_attacks
-from conftest import SCRIPTS, SMALL, assert_same_run, rows, run_main
+from conftest import SCRIPTS, SMALL, assert_same_run, parsed, rows, run_main
 from console import load_file
 from eval_attacks import load_model
 from wrn import WideResNet
@@ -48,7 +48,7 @@ def test_a_run_leaves_what_it_promises(whole, name):
     config = json.loads((run / "config.json").read_text())
     assert config["seed"] == 6 and config["torch"] == torch.__version__ and config["device"] == "cpu"
     given = {flag.split()[0].replace("-", "_") for flag in f" {SMALL} {FLAGS} --out x".split(" --")[1:]}
-    unchanged = {"dropout"} if name != "elle" else set()  # 0.3 is the default of all others
+    unchanged = {"dropout"} if parsed(SCRIPTS[name], "--device cpu").dropout == 0.3 else set()  # as given
     assert set(config["not_default"]) == given - unchanged
     assert config["method"] == name
     keys = "epoch step lr loss train_acc test_clean test_fgsm test_pgd10 train_pgd10 alignment"

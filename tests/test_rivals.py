@@ -1,5 +1,8 @@
 """SLAT's rivals, each against a slow and obvious version of itself."""
 
+import copy
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -14,12 +17,13 @@ import train_fgsm_ckpt
 import train_fgsm_ga
 import train_fgsm_rs
 import train_free
+import train_lap
 import train_n_aaer
 import train_n_fgsm
 import train_pgd
 import train_yopo
 import train_zero_grad
-from conftest import SCRIPTS, SMALL, parsed
+from conftest import SCRIPTS, SMALL, parsed, rows, run_main
 from console import load_file
 from wrn import WideResNet
 
@@ -383,3 +387,64 @@ def test_defaults_follow_eps_and_data_set(capsys, script, flags, expected):
     assert all((key in args["not_default"]) == (key.replace("_", "-") in flags) for key in expected)
     note = "note: the authors name no lambdas for eps 13: taking those for eps 12\n"
     assert capsys.readouterr().err == note * ("--eps 13" in flags)
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_laps_weights_move_as_by_a_step_of_a_copy(boxed, steps_before, sign):
+    """A copy of network and optimiser takes the step; the difference, scaled, is what LAP adds."""
+    model, x, y = boxed
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.8, weight_decay=0.01)
+    for _ in range(steps_before):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = copy.deepcopy(model.state_dict())
+    _, gradients = seeded(train_lap.lap, model, x, y, 0.1, 0.1, 0.2)
+    copied = copy.deepcopy(model)
+    other = torch.optim.SGD(copied.parameters(), 0.1, 0.8, weight_decay=0.01)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    F.cross_entropy(copied(start_noise(x, 0.2)), y).backward()
+    other.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    train_lap.nudge(model, gradients, optimizer, sign * 0.05)
+    assert str(optimizer.state_dict()) == str(state) and all(w.grad is None for w in model.parameters())
+    k = 0
+    for name, old in before.items():
+        expected = old
+        if name.endswith("weight"):
+            k += 1
+            step = copied.state_dict()[name] - old
+            expected = old + sign * 0.05 * (1 - (math.log(k) / math.log(3)) ** 0.3) * old.norm() / step.norm() * step
+        torch.testing.assert_close(model.state_dict()[name], expected)
+    assert k == 3
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_laps_images_are_n_fgsms_or_are_projected(boxed, project):
+    model, x, y = boxed
+    x_adv, gradients = seeded(train_lap.lap, model, x, y, 0.05, 0.1, 0.08, project)
+    expected = seeded(train_n_fgsm.n_fgsm, model, x, y, 0.1, 0.08)
+    assert torch.equal(x_adv, torch.clamp(expected, x - 0.05, x + 0.05) if project else expected)
+    assert list(gradients) == [name for name, w in model.named_parameters() if w.dim() > 1]
+
+
+def test_laps_second_pass_sees_the_moved_weights_under_autocast_too(tmp_path, monkeypatch):
+    """Autocast keeps its bfloat16 copies of weights until it ends."""
+
+    def to_zero(model, *_):
+        with torch.no_grad():
+            model.fc.weight.zero_()
+            model.fc.bias.zero_()
+
+    monkeypatch.setattr(train_lap, "nudge", to_zero)
+    flags = f"{SMALL} --precision bf16 --epochs 1 --limit-train 32 --lr-max 0.01 --out {tmp_path / 'run'}"
+    assert run_main(train_lap, flags) == 0
+    (row,) = rows(tmp_path / "run")
+    assert row["loss"] == pytest.approx(math.log(10), abs=1e-6)
+
+
+def test_laps_beta_goes_with_eps():
+    for eps, beta in ((8, 0.001), (12, 0.002), (16, 0.005), (32, 0.75)):
+        assert parsed(train_lap, f"--device cpu --eps {eps}").beta == beta
+    assert parsed(train_lap, "--device cpu --eps 8 --beta 0.1").beta == 0.1

@@ -21,6 +21,7 @@ import train_lap
 import train_n_aaer
 import train_n_fgsm
 import train_pgd
+import train_sora
 import train_yopo
 import train_zero_grad
 from conftest import SCRIPTS, SMALL, parsed, rows, run_main
@@ -448,3 +449,26 @@ def test_laps_beta_goes_with_eps():
     for eps, beta in ((8, 0.001), (12, 0.002), (16, 0.005), (32, 0.75)):
         assert parsed(train_lap, f"--device cpu --eps {eps}").beta == beta
     assert parsed(train_lap, "--device cpu --eps 8 --beta 0.1").beta == 0.1
+
+
+@pytest.mark.parametrize(
+    ("v", "absolute", "alpha"), [(0.99, False, 0.2), (0.9, False, 0.04), (0.5, True, 0.04), (1.0, False, 0.2)]
+)
+def test_soras_step_shrinks_with_v(boxed, v, absolute, alpha):
+    """eps 0.1: at most 2 eps; else 2 eps times 0.02 / (1 - v), or 0.02 / (1 - v) itself."""
+    model, x, y = boxed
+    x_adv, gradient = seeded(train_sora.sora, model, x, y, 0.1, torch.tensor(v).double(), 0.02, absolute)
+    start = start_noise(x, 0.1)
+    torch.testing.assert_close(gradient, gradient_of(model, start, y))
+    torch.manual_seed(4)
+    torch.empty_like(x).uniform_()
+    length = alpha * torch.rand_like(x)
+    torch.testing.assert_close(x_adv, (start + length * gradient.sign()).clamp(0, 1))
+
+
+def test_soras_v_is_a_running_mean_of_the_share_that_keeps_its_sign():
+    before = torch.tensor([[1.0, -2.0, 1.0], [3.0, 0.0, 1.0]]).view(2, 3, 1, 1)
+    after = torch.tensor([[1.0, -1.0, -1.0], [2.0, 9.0, 2.0]]).view(2, 3, 1, 1)  # 1/4 and 4/4
+    v = train_sora.agreement(torch.tensor(0.99), before, after)
+    assert v == pytest.approx(0.95 * 0.99 + 0.05 * (0.25 + 1) / 2)
+    assert train_sora.agreement(v, before, -9 * before) == pytest.approx(0.95 * v - 0.05)

@@ -20,6 +20,7 @@ import train_free
 import train_lap
 import train_n_aaer
 import train_n_fgsm
+import train_nuat
 import train_pgd
 import train_sora
 import train_yopo
@@ -472,3 +473,35 @@ def test_soras_v_is_a_running_mean_of_the_share_that_keeps_its_sign():
     v = train_sora.agreement(torch.tensor(0.99), before, after)
     assert v == pytest.approx(0.95 * 0.99 + 0.05 * (0.25 + 1) / 2)
     assert train_sora.agreement(v, before, -9 * before) == pytest.approx(0.95 * v - 0.05)
+
+
+@pytest.mark.parametrize(("weight", "nuclear"), [(4.5, True), (4.5, False), (0, True)])
+def test_nuat_is_clean_training_with_the_norm_of_what_its_attack_changes(boxed, weight, nuclear):
+    """The norm by numpy's singular values, its gradient by differences; only the attack is in eval mode."""
+    model, x, y = boxed
+    model = nn.Sequential(nn.BatchNorm2d(3).double(), model)
+    with torch.no_grad():
+        model(x)  # statistics of its own
+    loss, logits = seeded(train_nuat.nuat, copy.deepcopy(model).train(), x, y, EPS, weight, nuclear)
+
+    def norm(a, b):
+        return np.linalg.svd((a - b).detach().numpy(), compute_uv=False).sum()
+
+    start = (x + EPS / 2 * (seeded(torch.rand_like, x) - 0.5).sign()).clamp(0, 1)
+    clean = model.train()(x)
+    attacked = copy.deepcopy(model).eval()  # with the statistics of the clean pass, too
+
+    def objective(point):
+        penalty = norm(clean, attacked(point)) if nuclear else 0
+        return F.cross_entropy(attacked(point), y).item() + weight * penalty / len(x)
+
+    gradient, h = torch.zeros_like(x), 1e-6
+    for i in range(x.numel()):
+        step = torch.zeros_like(x).flatten()
+        step[i] = h
+        step = step.view_as(x)
+        gradient.view(-1)[i] = (objective(start + step) - objective(start - step)) / (2 * h)
+    x_adv = clip(start + EPS * gradient.sign(), x)
+    expected = F.cross_entropy(clean, y) + weight * norm(clean, model(x_adv)) / len(x)
+    torch.testing.assert_close(logits, clean)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)

@@ -8,17 +8,22 @@ export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: collapse demo test check-results clean
 
-# Others: make collapse METHODS="fgsm slat" DROPOUT=0.3 SEED=1
+# Other runs: make collapse METHODS="fgsm slat" DROPOUT=0.3 SEED=1
 METHODS = fgsm n_fgsm
 DROPOUT = 0
 SEED = 0
-# In float32, so that bfloat16 hardware shows the same.
-SMALL = --dataset data/cifar10_tiny.npz --depth 10 --width 1 --eps 16 --batch-size 32 --epochs 12 --precision fp32 --monitor 100
+FIRST = $(firstword $(METHODS))
+OTHERS = $(filter-out $(FIRST),$(METHODS))
+# In float32, so that a machine with bfloat16 shows the same. One thread each, side by side.
+TRAIN = OMP_NUM_THREADS=1 $(PY) train_$$method.py --out runs/collapse/$$method --overwrite --device cpu --precision fp32 \
+	--dataset data/cifar10_tiny.npz --depth 10 --width 1 --eps 16 --dropout $(DROPOUT) --batch-size 32 --epochs 12 \
+	--monitor 100 --seed $(SEED)
 
 collapse: .venv/dev
-	@for method in $(METHODS); do $(PY) train_$$method.py $(SMALL) --dropout $(DROPOUT) --seed $(SEED) --device cpu \
-		--out runs/collapse/$$method --overwrite && echo || exit 1; done
-	@$(PY) -m paper.figures curves $(METHODS:%=runs/collapse/%) --out runs/collapse/curves
+	@mkdir -p runs/collapse
+	@for method in $(OTHERS); do $(TRAIN) > runs/collapse/$$method.log 2>&1 & done; \
+		method=$(FIRST); $(TRAIN) || exit 1; wait; for method in $(OTHERS); do echo; cat runs/collapse/$$method.log; done
+	@echo; $(PY) -m paper.figures curves $(METHODS:%=runs/collapse/%) --out runs/collapse/curves
 
 demo: .venv/run
 	@$(PY) -m paper.demo

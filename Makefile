@@ -19,7 +19,7 @@ TRAIN = OMP_NUM_THREADS=1 $(PY) train_$$method.py --out runs/collapse/$$method -
 	--dataset data/cifar10_tiny.npz --depth 10 --width 1 --eps 16 --dropout $(DROPOUT) --batch-size 32 --epochs 12 \
 	--monitor 100 --seed $(SEED)
 
-collapse: .venv/dev
+collapse: .venv/plot
 	@mkdir -p runs/collapse
 	@for method in $(OTHERS); do $(TRAIN) > runs/collapse/$$method.log 2>&1 & done; \
 		method=$(FIRST); $(TRAIN) || exit 1; wait; for method in $(OTHERS); do echo; cat runs/collapse/$$method.log; done
@@ -54,6 +54,9 @@ check-results: .venv/dev
 .venv/run: .venv/bin/python requirements.txt
 	@echo "installing torch, torchvision and numpy into .venv: once, a minute or more, up to 6 GB"
 	@$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt && touch $@
+
+.venv/plot: .venv/run
+	@$(PY) -m pip install -q --disable-pip-version-check matplotlib && touch $@
 
 .venv/dev: .venv/run requirements-dev.txt
 	@echo "installing the tests' tools into .venv"

@@ -136,6 +136,20 @@ def test_accuracies_in_the_text_are_what_was_measured(page):
     assert len(found) > 10 and found <= known, found - known
 
 
+def test_small_runs_collapse_as_the_course_says():
+    """The table of docs/collapse.md: PGD-10 accuracy at the end, by seed, and how often it is below 10 %."""
+    page = Path("docs/collapse.md").read_text()
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d, ]+) \| (.*) \|$", page, re.M)
+    assert len(rows) >= 5
+    for name, dropout, accuracies, collapsed in rows:
+        folder = f"results/collapse/{name.lower().replace('-', '_')}_dropout-{dropout}_seed"
+        runs = [Path(path, "metrics.jsonl").read_text().splitlines() for path in sorted(glob.glob(f"{folder}?"))]
+        found = [json.loads(lines[-1])["test_pgd10"] for lines in runs]
+        assert accuracies == ", ".join(f"{value:.0f}" for value in found), name
+        assert collapsed == f"{sum(value < 10 for value in found)} of {len(found)}", name
+        assert all(value < 10 or value >= 27 for value in found)
+
+
 def test_committed_figures_and_table_are_what_the_results_say(cli, monkeypatch):
     """Those that need no network: the commands of remake.sh, expanded by the shell, give the committed numbers."""
     script, remade = "results/figures/remake.sh", {}
@@ -145,7 +159,7 @@ def test_committed_figures_and_table_are_what_the_results_say(cli, monkeypatch):
     for words in commands:
         if words[0] in ("curves", "alignment", "eps", "eta", "dropout"):
             assert cli(figures, " ".join(words))[0] == 0
-    assert len(remade) == 10
+    assert len(remade) == 11
     for name, numbers in remade.items():
         assert json.loads(Path(f"{name}.json").read_text()) == numbers, f"remake {name}: bash {script}"
     table = cli(figures, " ".join(["table", *glob.glob("results/[cg]pu/*.json")]))[1].replace("](results/", "](")

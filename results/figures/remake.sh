@@ -6,6 +6,7 @@ N=results/cpu R=results/cpu/runs G=results/gpu/runs S=wrn10-2_epochs8 F=results/
 
 python -m paper.figures curves $R/{slat,fgsm,fgsm_rs,n_fgsm,pgd,fgsm_ckpt}_${S}_eps8_seed0 --out $F/curves
 python -m paper.figures curves $R/{fgsm,fgsm_rs,n_fgsm,slat}_${S}_eps16_seed0 --out $F/curves-eps16
+python -m paper.figures curves results/collapse/{fgsm,n_fgsm}_dropout-0_seed0 --out $F/collapse
 python -m paper.figures curves $R/{fgsm,slat}_wrn10-2_epochs30_eps12_seed0 --out $F/curves-30-epochs
 python -m paper.figures curves $G/{fgsm,slat}_wrn16-8_epochs30_eps8_seed0 --out $F/curves-wrn16-8
 python -m paper.figures curves $G/{fgsm,slat}_wrn28-10_epochs30_eps8_seed0 --out $F/curves-wrn28-10

@@ -55,10 +55,10 @@ def overfitting(row, classes):
     clean, fgsm, pgd10 = row["test_clean"], row["test_fgsm"], row["test_pgd10"]
     found = []
     if pgd10 < fgsm / 2 and pgd10 < fgsm - 10 and max(clean, fgsm) >= 200 / classes:
-        found.append(f"catastrophic overfitting: PGD-10 accuracy {pgd10:.1f} % where FGSM accuracy is {fgsm:.1f} %")
+        found.append(f"catastrophic overfitting: FGSM {fgsm:.1f} %, PGD-10 {pgd10:.1f} %")
     if fgsm > clean + 2:
-        found.append(f"label leaking: FGSM accuracy {fgsm:.1f} % exceeds clean accuracy {clean:.1f} %")
-    return ", ".join(found) or None
+        found.append(f"label leaking: FGSM {fgsm:.1f} %, clean {clean:.1f} %")
+    return "; ".join(found) or None
 
 
 class Run:
@@ -175,8 +175,9 @@ class Run:
             write_torch(self.out / "best.pt", self._weights())
         write_file(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         self.line.clear()
-        warning = f"\nwarning: epoch {self.epoch}: {row['warning']}" if row["warning"] else ""
-        print(f"{ROW.format(**row)} {clock(row['seconds']):>7}{warning}", flush=True)
+        print(f"{ROW.format(**row)} {clock(row['seconds']):>7}", flush=True)
+        for warning in filter(None, (row["warning"] or "").split("; ")):
+            print(f"warning: epoch {self.epoch}: {warning}", flush=True)
 
     def finish(self):
         """Write model.pt and say where everything is."""

@@ -22,7 +22,7 @@ TRAIN = OMP_NUM_THREADS=1 $(PY) train_$$method.py --out runs/collapse/$$method -
 collapse: .venv/plot
 	@mkdir -p runs/collapse
 	@for method in $(OTHERS); do $(TRAIN) > runs/collapse/$$method.log 2>&1 & done; \
-		method=$(FIRST); $(TRAIN) || exit 1; wait; for method in $(OTHERS); do echo; cat runs/collapse/$$method.log; done
+		method=$(FIRST); $(TRAIN) || exit 1; wait; for method in $(OTHERS); do echo; grep -v "img/s" runs/collapse/$$method.log; done
 	@echo; $(PY) -m paper.figures curves $(METHODS:%=runs/collapse/%) --out runs/collapse/curves
 
 demo: .venv/run

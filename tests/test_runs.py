@@ -191,12 +191,8 @@ def test_a_warning_names_the_epoch_and_the_best_one_is_chosen_on_training_images
 
     monkeypatch.setattr(bookkeeping, "monitor", monitor)
     code, out, _ = cli(train_fgsm, f"{SMALL} --epochs 2 --precision bf16 --out {tmp_path}")
-    assert (
-        code == 0
-        and out.count("\nwarning: epoch 1: catastrophic overfitting: FGSM 60.0 %, PGD-10 1.0 %\n")
-        == out.count("warning")
-        == 1
-    )
+    assert code == 0 and "\nwarning: epoch 1: catastrophic overfitting: FGSM 60.0 %, PGD-10 1.0 %\n" in out
+    assert "warning: epoch 2" not in out
     assert [row["alignment"] for row in rows(tmp_path)] == [0.1, 0.2]
     best, last = (load_file(tmp_path / name)["state_dict"]["fc.weight"] for name in ("best.pt", "model.pt"))
     assert not torch.equal(best, last)

@@ -269,6 +269,12 @@ def epochs_of(config):
     return epochs, done, f"{done} of {epochs}" if done < epochs else str(epochs)
 
 
+def setup_of(result):
+    """What a row of each table begins with, in the order of the rows: data, network, eps, method."""
+    config = result["training"]
+    return result["data_key"], (config["depth"], config["width"]), result["eps"], order(config["method"])
+
+
 def per_epoch(result, key):
     """What metrics.jsonl has under key, a list; [] if it is neither in runs/ next to the JSON nor where it was."""
     path, out = Path(result["path"]), result["training"].get("out")
@@ -293,10 +299,9 @@ def reliability(results):
         config = result["training"]
         if result["attack"] or robust_under(result)[0] is None or not result["flags"].keys() <= {"dropout"}:
             continue
-        setup = (result["data_key"], (config["depth"], config["width"]), result["eps"], order(config["method"]))
-        seeds = groups.setdefault((*setup, epochs_of(config), config.get("dropout", 0.3)), {})
+        seeds = groups.setdefault((*setup_of(result), epochs_of(config), config.get("dropout", 0.3)), {})
         seeds.setdefault(config["seed"], []).append(result)
-    for (_, network, eps, (_, method), epochs, dropout), seeds in sorted(groups.items()):
+    for (_, network, eps, (_, method), (*_, epochs), dropout), seeds in sorted(groups.items()):
         ends = {seed: [collapse(result) for result in found] for seed, found in seeds.items()}
         lost = sorted({end for found in ends.values() for end in found if end}, key=str)
         whole = [seeds[seed] for seed, found in ends.items() if not any(found)]
@@ -306,7 +311,7 @@ def reliability(results):
             cells.append(f"{mean_std(values)[0]:.1f}" if values else "-")
             if len(values) > 1:
                 cells[-1] += f" ({min(values):.1f} to {max(values):.1f})"
-        row = [look(method)[0], f"WRN-{network[0]}-{network[1]}", epochs[-1], f"{eps:g}", f"{dropout:g}", len(seeds)]
+        row = [look(method)[0], f"WRN-{network[0]}-{network[1]}", epochs, f"{eps:g}", f"{dropout:g}", len(seeds)]
         row += [len(seeds) - len(whole), ", ".join(map(str, lost)) or "-", *cells]
         yield f"| {' | '.join(map(str, row))} |"
 
@@ -314,11 +319,10 @@ def reliability(results):
 def table(args):
     """Reliability; one row for each set-up, mean and std over its seeds, next to the paper's; then OUT.notes.md."""
     base = Path(args.out).absolute().parent if args.out else Path.cwd()
-    groups, results = {}, read_results(args)
-    for result in results:
+    groups, everything = {}, read_results(args)
+    for result in everything:
         config = result["training"]
-        setup = (result["data_key"], (config["depth"], config["width"]), result["eps"], order(config["method"]))
-        setup += (text_of(result["flags"]), result["attack"], epochs_of(config), result["n"])
+        setup = (*setup_of(result), text_of(result["flags"]), result["attack"], epochs_of(config), result["n"])
         groups.setdefault(setup, {}).setdefault(config["seed"], []).append(result)
 
     def cell(values, paper=None):
@@ -332,8 +336,8 @@ def table(args):
         seconds = result["training"].get("seconds")
         return result["clean"], *robust_under(result), None if seconds is None else seconds / 60
 
-    lines = [RELIABILITY_HEAD, *reliability(results), RESULTS_HEAD]
-    for (_, _, eps, (_, method), flags, attack, epochs, n), seeds in sorted(groups.items()):
+    lines = [RELIABILITY_HEAD, *reliability(everything), RESULTS_HEAD]
+    for (_, _, eps, (_, method), flags, attack, (asked, _, epochs), n), seeds in sorted(groups.items()):
         results = [result for found in seeds.values() for result in found]
         data = ", ".join(sorted({result["data"] for result in results}))
         paper = PAPER.get((data, method, flags), [None] * 3) if eps == 8 else [None] * 3
@@ -341,10 +345,9 @@ def table(args):
         values = [[mean_std(column)[0] for column in zip(*map(numbers, found))] for found in seeds.values()]
         *accuracies, minutes = zip(*values)
         flags = ", ".join(filter(None, (flags, attack)))
-        epochs = epochs[-1]
         if "best epoch" in flags:
             found = sorted({log.index(max(log)) + 1 for r in results if (log := per_epoch(r, "train_pgd10"))})
-            epochs = f"{', '.join(map(str, found)) or '?'} of {results[0]['training']['epochs']}"
+            epochs = f"{', '.join(map(str, found)) or '?'} of {asked}"
         row = [look(method)[0], flags, data, results[0]["network"], epochs, f"{eps:g}", n]
         row += [*map(cell, accuracies, paper), cell(minutes).replace("not run", "-")]
         row += [", ".join(sorted({r["training"]["hardware"] for r in results}))]

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import stat
+import subprocess
 import sys
 import time
 import zipfile
@@ -246,6 +247,18 @@ def checksum(arrays):
     return found
 
 
+def commit():
+    """The commit of this code, with -dirty where a tracked file was changed; None if the code has no repository."""
+    folder = Path(__file__).resolve().parent
+    git = ["git", f"--git-dir={folder / '.git'}", f"--work-tree={folder}"]  # not that of a folder above
+    git += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
 def versions(device):
     """What a number depends on besides its flags."""
     name = re.search(r"model name\s*: (.*)", CPUINFO)
@@ -254,6 +267,7 @@ def versions(device):
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
+        "commit": commit(),
         "device": str(device),
         "hardware": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else cpu,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import stat
 import struct
 import subprocess
@@ -268,3 +269,23 @@ def parsed_of(flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_fgsm.py", *flags.split()])
         return train_fgsm.parse_args()
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="asks git")
+def test_the_commit_of_the_code_is_recorded(tmp_path, monkeypatch):
+    """That of the folder's own repository, with -dirty after a change; none within a stranger's repository."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+    code = tmp_path / "code"
+    code.mkdir()
+    (tmp_path / "console.py").write_text("")
+    for words in (["init", "-q"], ["add", "console.py"], ["commit", "-qm", "first"], ["tag", "v1"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(console, "__file__", str(tmp_path / "console.py"))
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert console.versions("cpu")["commit"] == head and len(head) == 40
+    (tmp_path / "console.py").write_text("changed")
+    assert console.commit() == f"{head}-dirty"
+    monkeypatch.setattr(console, "__file__", str(code / "console.py"))
+    assert console.commit() is None
+    monkeypatch.setenv("PATH", "")
+    assert console.commit() is None

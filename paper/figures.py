@@ -6,12 +6,13 @@
     python -m paper.figures landscape runs/slat runs/fgsm         Fig. 4: the loss around test images
     python -m paper.figures grad-norm runs/slat runs/fgsm         Fig. 5: l1 norm of the gradient at every layer
     python -m paper.figures linearity runs/slat runs/fgsm         eq. 6: how far the loss is from linear within a step
+    python -m paper.figures told runs/slat runs/slat_hidden       do the signs of SLAT's steps tell the label?
     python -m paper.figures eps results/cpu/*_epochs8_*.json      Fig. 3: robust accuracy over the eps trained for
     python -m paper.figures eta results/cpu/*_epochs8_eps8_*      Fig. 7: accuracy over SLAT's steps
     python -m paper.figures dropout results/cpu/*_epochs8_eps8_*  accuracy over dropout: when SLAT is reliable
     python -m paper.figures table results/[cg]pu/*.json           Tables 1 to 4: mean and std over seeds
 
-The first six take run folders, the others the files that `eval_attacks.py --json` wrote. Every figure is written as
+The first seven take run folders, the others the files that `eval_attacks.py --json` wrote. Every figure is written as
 NAME.png, NAME.svg and NAME.json (the numbers), and says above it what was trained and how many images were attacked;
 results/figures/remake.sh has the commands of the committed ones.
 """
@@ -32,6 +33,7 @@ import console
 import paper.results
 from eval_attacks import load_model
 from paper.results import NUMBER, flags_of, look, order, read_json, read_results, read_run, robust_under, table, text_of
+from train_slat import slat
 from wrn import LAYERS
 
 ENDS = ("json", "png", "svg")
@@ -40,6 +42,11 @@ BAND = "bands: ± 1 standard error"
 ACCURACIES = ("clean", "PGD-50-10", "AutoAttack")
 RING = {"marker": "o", "markersize": 14, "fillstyle": "none", "linestyle": "none", "zorder": 3}
 NOTHING = (math.nan, math.nan)  # a point where nothing was measured
+TOLD = (  # what `told` draws: key, marker, its size, name
+    ("read by the probe", "D", 5, "read by a probe"),
+    ("hidden", "o", 5, "said by the network"),
+    ("no step", "|", 12, "said without steps"),
+)
 PEAK = 0.4  # share of the epochs after which the learning rate is highest
 
 
@@ -275,6 +282,63 @@ def linearity(args):
     write(args.out, figure, {"images": args.images} | numbers)
 
 
+def read_by_probe(signs, labels):
+    """How often, in per cent, a linear probe fitted on the first half of `signs` names the labels of the second.
+
+    signs: (N, ...); labels: (N,). The probe is ridge regression on the one-hot labels, penalty 0.1, in its dual form,
+    which has as many unknowns as images.
+    """
+    half, rows = len(labels) // 2, signs.flatten(1) / math.sqrt(signs[0].numel())
+    kernel = rows @ rows[:half].T
+    targets = F.one_hot(labels[:half]).float() - 1 / (labels.max() + 1)
+    weights = torch.linalg.solve(kernel[:half] + 0.1 * torch.eye(half, device=rows.device), targets)
+    return 100 * ((kernel[half:] @ weights).argmax(1) == labels[half:]).float().mean().item()
+
+
+def told(args):
+    """Do the signs of SLAT's steps tell the label, and does the network heed them?
+
+    Left: PGD-10 accuracy after the last epoch, a point for each run. Right, for the runs whose network is there: every
+    image gets SLAT's steps against a wrong class drawn at random. Diamond: how often a linear probe reads this class
+    from the signs of the hidden steps. Circle: how often the network says it, given these steps; bar: without steps.
+    """
+    configs, numbers = [read_run(run) for run in args.runs], {}
+    labels = [label.partition(", seed ")[0] for label, _ in legends(args.runs, configs)]
+    rows = {label: row for row, label in enumerate(reversed(dict.fromkeys(labels)))}
+    figure, axes = pyplot().subplots(1, 2, figsize=(8, 1.8 + 0.3 * len(rows)), sharey=True, layout="constrained")
+    for run, label, config in zip(args.runs, labels, configs):
+        last = read_json(Path(run) / "metrics.jsonl", {"test_pgd10": NUMBER})[-1]
+        numbers[run] = {"label": label, "seed": config["seed"], "test_pgd10": last["test_pgd10"]}
+        colour = look(config["method"])[1]
+        axes[0].plot(last["test_pgd10"], rows[label], "o", color=colour, alpha=0.6, clip_on=False)
+    args.runs = [run for run in args.runs if (Path(run) / "model.pt").exists()]
+    for run, (_, style, model, x, y) in zip(list(args.runs), networks(args)):
+        classes, generator = model.arguments["num_classes"], torch.Generator().manual_seed(args.seed)
+        wrong = (y + torch.randint(1, classes, y.shape, generator=generator).to(y.device)) % classes
+        for kind, target in (("told the label", y), ("told a wrong class", wrong)):
+            said, signs = dict.fromkeys(("no step", "input", "hidden", "both"), 0), []
+            for part, asked in zip(x.split(100), target.split(100)):
+                eps = args.eps / 255
+                x_adv, delta = slat(model, part, asked, eps, ["0", "conv1", "conv2"], eps, 0.9 * eps)
+                signs.append(torch.stack([delta["conv1"], delta["conv2"]], 1).sign())
+                with torch.no_grad():
+                    for name, where, steps in zip(said, (part, x_adv) * 2, ({}, {}, delta, delta)):
+                        said[name] += (model(where, delta=steps).argmax(1) == asked).sum().item()
+            numbers[run][kind] = {name: 100 * count / len(y) for name, count in said.items()}
+            numbers[run][kind]["read by the probe"] = read_by_probe(torch.cat(signs), target)
+        for key, marker, size, _ in TOLD:
+            where = numbers[run]["told a wrong class"][key], rows[numbers[run]["label"]]
+            axes[1].plot(*where, marker, color=style["color"], alpha=0.6, markersize=size)
+    axes[0].set(yticks=list(rows.values()), yticklabels=list(rows), xlim=(0, None), ylim=(-0.6, len(rows) - 0.4))
+    axes[0].set_xlabel("PGD-10 accuracy (%)")
+    axes[1].set(xlim=(0, 100), xlabel="the class told (%)")
+    for _, marker, size, label in TOLD:
+        axes[1].plot([], [], marker, color="0.4", markersize=size, label=label)
+    legend_below(figure, axes[1])
+    caption(figure, configs, [config["monitor"] for config in configs], f"right: {len(y)} images")
+    write(args.out, figure, {"eps": args.eps, "seed": args.seed, "images": args.images, "runs": numbers})
+
+
 def over_epochs(args):
     """What was measured after every epoch (Fig. 6).
 
@@ -402,7 +466,7 @@ def over_flag(args):
 
 
 COMMANDS = {"curves": over_epochs, "alignment": over_epochs, "step": step, "landscape": landscape}
-COMMANDS |= {"grad-norm": grad_norm, "linearity": linearity}
+COMMANDS |= {"grad-norm": grad_norm, "linearity": linearity, "told": told}
 COMMANDS |= dict.fromkeys(("eps", "eta", "dropout"), over_flag) | {"table": table}
 
 
@@ -417,17 +481,19 @@ def main():
         add("runs", nargs="+", type=console.given, help=files)
         name = None if function is table else command
         add("--out", type=console.given, default=name, metavar="NAME", help="default: the command's name")
-        if function in (step, landscape, grad_norm, linearity):
+        if function in (step, landscape, grad_norm, linearity, told):
             add("--n", type=number(int, 1), default=100, help="the first N test images (default 100)")
             dataset = "cifar10, cifar100 or an .npz (default: what the run was trained on)"
             add("--dataset", type=console.given, help=dataset)
             add("--data-dir", type=console.given, default="data", help="where cifar10 and cifar100 are (default data)")
             add("--device", type=console.given, default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-        if function in (step, landscape, linearity):
+        if function in (step, landscape, linearity, told):
             add("--eps", type=number(float, 0, 255), default=8, help="in 1/255 (default 8)")
+        if function in (step, landscape, linearity):
             add("--points", type=number(int, 3), default=17, help="along each axis (default 17)")
-        if function is landscape:
-            add("--seed", type=number(int, 0, 2**31), default=0, help="of the random direction (default 0)")
+        if function in (landscape, told):
+            what = "direction" if function is landscape else "classes"
+            add("--seed", type=number(int, 0, 2**31), default=0, help=f"of the random {what} (default 0)")
         if function is linearity:
             add("--layers", type=console.names(LAYERS), default="0,conv1,conv2", help="default 0,conv1,conv2")
             add("--share", type=number(float, 0), default=5, help="of the mean of |h|, in per cent (default 5)")

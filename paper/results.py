@@ -29,6 +29,7 @@ METHODS = {  # Okabe & Ito's palette, made for colour-blind readers, and three c
     "yopo": ("YOPO", "#7f7f7f", "<"),
     "pgd": ("PGD-7", "#000000", "*"),
     "fgsm_rs_latent": ("FGSM-RS with latent", "#117733", "8"),
+    "slat_hidden": ("SLAT variant", "#44aa99", "p"),
 }
 # Tables 1 to 4 of the paper at eps 8, per cent: clean, PGD-50-10, AutoAttack.
 PAPER = {

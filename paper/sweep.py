@@ -24,7 +24,7 @@ from eval_attacks import NAMES
 from paper.results import CIFAR, CONFIG, CRC32, NONE, RESULT, attacked_by, data_of, read_json
 
 METHODS = sorted(path.stem.removeprefix("train_") for path in Path().glob("train_*.py"))
-CONTROLS = ["fgsm_rs_latent"]  # modules of paper/
+CONTROLS = ["fgsm_rs_latent", "slat_hidden"]  # modules of paper/
 ALL = METHODS + CONTROLS
 # The method and flags of each row, without the flags that all rows share. Defaults are left out, so that tables share
 # their runs.
@@ -50,6 +50,11 @@ SWEEPS = {
         ("slat", {}),
         *[(method, {"dropout": 0}) for method in ("fgsm", "fgsm_rs", "n_fgsm", "pgd")],
         ("n_fgsm", {}),
+    ],
+    "hidden": [  # which part of SLAT's hidden steps makes it collapse without dropout
+        (method, {"eps": eps, **flags, "dropout": 0})
+        for eps in (8, 16)
+        for method, flags in (("slat", {}), *[("slat_hidden", {"hidden": way}) for way in ("predicted", "noise")])
     ],
     "untold": [  # what the paper does not mention: dropout, input step, clamp, momentum
         ("slat", {}),

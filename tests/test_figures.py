@@ -20,7 +20,7 @@ import console
 import eval_attacks
 from conftest import ROOT, SCRIPTS, SMALL, TINY, parsed, run_main
 from eval_attacks import load_model
-from paper import bench, demo, fgsm_rs_latent, figures, results, sweep, toy_2d
+from paper import bench, demo, fgsm_rs_latent, figures, results, slat_hidden, sweep, toy_2d
 from wrn import LAYERS
 
 
@@ -105,6 +105,33 @@ def test_figures_of_networks(cli, runs, tmp_path):
     surface = torch.tensor(written(tmp_path / "landscape")["loss"]["SLAT"])
     assert surface[1, 1].item() == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-4)
     assert (surface[2] > surface[0]).all(), "the loss rises along the sign of its gradient"
+
+
+def test_what_the_steps_tell(cli, runs, tmp_path):
+    """The probe on signs that tell the class and that do not; counts against one image at a time."""
+    labels, generator = torch.arange(400) % 10, torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 2, (400, 6, 8), generator=generator) * 2.0 - 1
+    assert figures.read_by_probe(noise, labels) < 20
+    noise[:, 1] = noise[labels, 1]
+    assert figures.read_by_probe(noise, labels) > 95
+    slat, fgsm = runs.split()
+    bare = tmp_path / "bare"
+    shutil.copytree(fgsm, bare, ignore=shutil.ignore_patterns("*.pt"))
+    flags = f"--eps 16 --n 12 --seed 3 --device cpu --out {tmp_path / 'told'}"
+    assert cli(figures, f"told {slat} {bare} {flags}")[::2] == (0, "")
+    numbers = written(tmp_path / "told")
+    assert numbers["runs"][str(bare)].keys() == {"label", "seed", "test_pgd10"} and numbers["images"]["n"] == 12
+    found, last = numbers["runs"][slat], results.read_json(f"{slat}/metrics.jsonl")[-1]
+    assert (found["label"], found["test_pgd10"]) == ("SLAT", last["test_pgd10"])
+    model, (x, y) = load_model(slat), common.load_data(parsed(SCRIPTS["slat"], SMALL)).test(12)
+    wrong = (y + torch.randint(1, 10, y.shape, generator=torch.Generator().manual_seed(3))) % 10
+    for key, target in (("told the label", y), ("told a wrong class", wrong)):
+        said = torch.zeros(4, dtype=torch.float64)
+        for image, label in zip(x.split(1), target.split(1)):
+            x_adv, delta = SCRIPTS["slat"].slat(model, image, label, 16 / 255, LAYERS[:3], 16 / 255, 14.4 / 255)
+            seen = (model(image), model(x_adv), model(image, delta=delta), model(x_adv, delta=delta))
+            said += torch.tensor([logits.argmax(1).item() == label.item() for logits in seen])
+        assert [found[key][name] for name in ("no step", "input", "hidden", "both")] == (100 * said / 12).tolist(), key
 
 
 def result(method, seed, clean, pgd, autoattack=None, usual=(), best=False, **flags):
@@ -331,13 +358,14 @@ def parsed_command(command):
     """The flags that a printed command gives its script."""
     _, script, *flags = shlex.split(command.replace("-m paper.", "paper."))
     scripts = {f"train_{name}.py": module for name, module in SCRIPTS.items()} | {"eval_attacks.py": eval_attacks}
-    scripts |= {"paper.fgsm_rs_latent": fgsm_rs_latent}
+    scripts |= {"paper.fgsm_rs_latent": fgsm_rs_latent, "paper.slat_hidden": slat_hidden}
     return parsed(scripts[script], shlex.join(flags))
 
 
 # Names by which runs are known that were made elsewhere.
 ROWS = {"eta": "eta-0.6_input-step-0.6", "literal": "input-step-1_no-latent-clamp_dropout-0"}
 ROWS |= {"table3": "layers-0-conv3-conv4_eta-2.7", "table2": "alpha-0.9", "eps": "eps12", "eps16": "eps16"}
+ROWS |= {"hidden": "hidden-noise_dropout-0"}
 
 
 @pytest.mark.parametrize("name", sweep.SWEEPS)

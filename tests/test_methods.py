@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_fgsm
 import train_slat
-from conftest import SMALL
+from conftest import SCRIPTS, SMALL
 from console import load_file
 from paper.fgsm_rs_latent import fgsm_rs_latent
+from paper.slat_hidden import HIDDEN, slat_hidden
 from wrn import LAYERS, WideResNet
 
 ALL = ("0", "conv1", "conv2")
@@ -144,6 +145,35 @@ def test_fgsm_rs_with_latent_takes_hidden_gradients_at_x_and_the_inputs_at_a_ran
     known = train_slat.slat(model, x, y, 0.05, ALL, 0.04, 0.01, False)[1]
     assert delta.keys() == known.keys() == {"conv1", "conv2"}
     assert all(torch.equal(delta[name], known[name]) for name in known)
+
+
+def test_slat_with_other_hidden_steps_differs_from_slat_in_what_is_said_only(smooth):
+    model, x, y = smooth
+    of_slat = (0.05, ALL, 0.04, 0.03)
+    found = {hidden: slat_hidden(model, x, y, *of_slat, True, hidden) for hidden in HIDDEN}
+    x_adv, delta = train_slat.slat(model, x, y, *of_slat)
+    for hidden in ("label", "none", "random", "predicted"):
+        assert torch.equal(found[hidden][0], x_adv), hidden
+    assert all(torch.equal(found["label"][1][name], delta[name]) for name in delta) and not found["none"][1]
+
+    free = slat_hidden(model, x, y, *of_slat, False, "random")[1]
+    assert all(torch.equal(steps.abs(), torch.full_like(steps, 0.04)) for steps in free.values())
+    assert all(abs(steps.sign().mean()) < 0.2 for steps in free.values())
+
+    said = model(x).argmax(1)
+    assert not torch.equal(said, y)
+    against_said = train_slat.slat(model, x, said, *of_slat)
+    for hidden in ("predicted", "everywhere"):
+        assert all(torch.equal(found[hidden][1][name], against_said[1][name]) for name in delta), hidden
+    assert torch.equal(found["everywhere"][0], against_said[0])
+
+    torch.manual_seed(4)
+    x_adv, delta = slat_hidden(model, x, y, *of_slat, True, "noise")
+    torch.manual_seed(4)
+    start = (x + torch.empty_like(x).uniform_(-0.1, 0.1)).clamp(0, 1)
+    assert all(torch.equal(delta[name], steps) for name, steps in train_slat.slat(model, start, y, *of_slat)[1].items())
+    torch.manual_seed(4)
+    torch.testing.assert_close(x_adv, SCRIPTS["n_fgsm"].n_fgsm(model, x, y, 0.05, 0.1))
 
 
 def test_fgsm_is_torchattacks_fgsm(smooth):

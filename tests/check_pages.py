@@ -67,6 +67,7 @@ def test_the_textbooks_pgd_counts_every_point_that_is_misclassified():
     assert robust.tolist() == [False] * 511 + [True]
 
 
+ALSO = ("adapt", "nudge", "agreement")  # second functions
 LISTED = [method for method in METHODS if method in SCRIPTS]  # not a fork's train_mine.py
 
 
@@ -87,7 +88,7 @@ def test_every_method_can_be_pasted_by_the_table():
         given = [(argument.id, empty) for argument in function.args]
         given += [(keyword.arg, ast.literal_eval(keyword.value)) for keyword in function.keywords]
         assert given == [(name, p.default) for name, p in found.items()]
-        assert method == "elle" or function.func.id == method
+        assert function.func.id in (method, *ALSO)
 
 
 @pytest.mark.parametrize("eps", [8, 16])
@@ -98,7 +99,7 @@ def test_the_pages_step_is_the_scripts(monkeypatch, method, eps):
 
     class Run:  # in place of bookkeeping's: what the script begins with, and its losses
         def __init__(self, args, model, optimizer, data, replays=1, extra=None):
-            self.args, self.data, self.replays, self.extra, self.epoch, self.losses = args, data, replays, extra, 0, []
+            self.args, self.data, self.replays, self.extra, self.epoch, self.losses = args, data, replays, extra, 1, []
             self.model, self.random = copy.deepcopy(model), torch.get_rng_state()
             runs.append(self)
 
@@ -113,7 +114,7 @@ def test_the_pages_step_is_the_scripts(monkeypatch, method, eps):
     monkeypatch.setattr(SCRIPTS[method], "Run", Run)
     lr = 0.02
     monkeypatch.setattr(common, "cyclic", lambda *_: (lr, 0.9))
-    flags = f"{SMALL} --precision fp32 --epochs 1 --limit-train 80 --batch-size 8 --eps {eps}"
+    flags = f"{SMALL} --precision fp32 --epochs 2 --limit-train 80 --batch-size 8 --eps {eps}"
     assert run_main(SCRIPTS[method], flags) == 0
     (run,) = runs
 
@@ -122,15 +123,15 @@ def test_the_pages_step_is_the_scripts(monkeypatch, method, eps):
     own = [block for block in blocks("docs/pasting.md") if re.search(rf"= {method}\(", block) and "import" not in block]
     before, _, step = own[0].rpartition("\n\n") if own else ("", "", step)
     assert loss in step
-    names = {name: getattr(SCRIPTS[method], name) for name in (method, "adapt") if hasattr(SCRIPTS[method], name)}
-    names |= dict(torch=torch, F=F, model=run.model, eps=eps / 255, lr=lr)
+    names = {name: getattr(SCRIPTS[method], name) for name in (method, *ALSO) if hasattr(SCRIPTS[method], name)}
+    names |= dict(torch=torch, F=F, model=run.model, eps=eps / 255, lr=lr, epoch=1, epochs=2)
     names["optimizer"] = torch.optim.SGD(run.model.parameters(), lr, 0.9, weight_decay=run.args.weight_decay)
     for at_any, at_8, at_16 in (constants, *(row[2:] for row in others)):
         exec(at_any + "\n" + (at_8 if eps == 8 else at_16), names)
     torch.set_rng_state(run.random)
     losses = []
     run.model.train()
-    for names["x"], names["y"] in run.data.batches(0, 8, run.args.seed):
+    for names["i"], (names["x"], names["y"]) in enumerate(run.data.batches(1, 8, run.args.seed)):
         if not losses:
             exec(before, names)
         exec(step, names)

@@ -15,7 +15,7 @@ import torch
 import console
 
 # Name, colour and marker of each method in every figure. A method that is not here gets some of its own, see look().
-METHODS = {  # Okabe & Ito's palette, made for colour-blind readers, and three colours of Paul Tol's
+METHODS = {  # Okabe & Ito's palette, made for colour-blind readers, and colours of Paul Tol's
     "slat": ("SLAT", "#0072b2", "o"),
     "fgsm": ("FGSM", "#d55e00", "s"),
     "fgsm_rs": ("FGSM-RS", "#e69f00", "^"),
@@ -25,14 +25,14 @@ METHODS = {  # Okabe & Ito's palette, made for colour-blind readers, and three c
     "zero_grad": ("ZeroGrad", "#882255", ">"),
     "n_aaer": ("N-AAER", "#999933", "h"),
     "elle": ("ELLE-A", "#332288", "p"),
-    "lap": ("LAP", "#661100", "h"),
-    "nuat": ("NuAT", "#6699cc", "d"),
+    "lap": ("LAP", "#661100", "d"),
+    "nuat": ("NuAT", "#6699cc", "x"),
     "sora": ("SORA", "#aa4466", "H"),
     "free": ("Free-AT", "#8c6d31", "X"),
     "yopo": ("YOPO", "#7f7f7f", "<"),
     "pgd": ("PGD-7", "#000000", "*"),
     "fgsm_rs_latent": ("FGSM-RS with latent", "#117733", "8"),
-    "slat_hidden": ("SLAT variant", "#44aa99", "p"),
+    "slat_hidden": ("SLAT variant", "#44aa99", "+"),
 }
 # Tables 1 to 4 of the paper at eps 8, per cent: clean, PGD-50-10, AutoAttack.
 PAPER = {

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -910,7 +911,9 @@ def test_a_closed_pipe_loses_no_json(run, tmp_path):
 
 def test_ctrl_c_is_one_line(cli, run, tmp_path, monkeypatch):
     """It names --state if there is one."""
-    monkeypatch.setitem(ATTACKS, "pgd", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    # Python may handle the signal a moment after raise_signal has returned
+    interrupted = lambda *_, **__: (signal.raise_signal(signal.SIGINT), time.sleep(10))  # noqa: E731
+    monkeypatch.setitem(ATTACKS, "pgd", interrupted)
     assert cli(eval_attacks, str(run))[::2] == (130, "eval_attacks.py: error: interrupted\n")
     code, _, err = cli(eval_attacks, f"{run} --state {tmp_path}/s.pt")
     assert code == 130 and err.endswith(f"interrupted: the same command goes on from {tmp_path}/s.pt\n")

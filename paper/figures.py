@@ -42,10 +42,11 @@ BAND = "bands: ± 1 standard error"
 ACCURACIES = ("clean", "PGD-50-10", "AutoAttack")
 RING = {"marker": "o", "markersize": 14, "fillstyle": "none", "linestyle": "none", "zorder": 3}
 NOTHING = (math.nan, math.nan)  # a point where nothing was measured
-TOLD = (  # what `told` draws: key, marker, its size, name
-    ("read by the probe", "D", 5, "read by a probe"),
-    ("hidden", "o", 5, "said by the network"),
-    ("no step", "|", 12, "said without steps"),
+TOLD = (  # what `told` draws: what was told, key, marker, its size, name
+    ("a wrong class", "read by the probe", "D", 5, "read by a probe"),
+    ("another image's label", "hidden", "o", 5, "said with another's hidden steps"),
+    ("another image's label", "input", "^", 6, "said with another's input step"),
+    ("another image's label", "no step", "|", 12, "said without steps"),
 )
 PEAK = 0.4  # share of the epochs after which the learning rate is highest
 
@@ -296,14 +297,17 @@ def read_by_probe(signs, labels):
 
 
 def told(args):
-    """Do the signs of SLAT's steps tell the label, and does the network heed them?
+    """Do the signs of SLAT's steps tell a class, and does the network heed them?
 
-    Left: PGD-10 accuracy after the last epoch, a point for each run. Right, for the runs whose network is there: every
-    image gets SLAT's steps against a wrong class drawn at random. Diamond: how often a linear probe reads this class
-    from the signs of the hidden steps. Circle: how often the network says it, given these steps; bar: without steps.
+    Left: PGD-10 accuracy after the last epoch, a point for each run. Right, for the runs whose network is there.
+    Diamond: how often a linear probe reads from the signs of an image's hidden steps the wrong class, drawn at random,
+    that they were taken against. Circle and triangle: how often the network says another image's class, given that
+    image's hidden steps or its step in the input; bar: given none.
     """
     configs, numbers = [read_run(run) for run in args.runs], {}
     labels = [label.partition(", seed ")[0] for label, _ in legends(args.runs, configs)]
+    if any("dropout" in label for label in labels):  # then the default is worth a word, too
+        labels = [f"{x}, dropout {c['dropout']:g}" if "dropout" not in x else x for x, c in zip(labels, configs)]
     rows = {label: row for row, label in enumerate(reversed(dict.fromkeys(labels)))}
     figure, axes = pyplot().subplots(1, 2, figsize=(8, 1.8 + 0.3 * len(rows)), sharey=True, layout="constrained")
     for run, label, config in zip(args.runs, labels, configs):
@@ -312,27 +316,35 @@ def told(args):
         colour = look(config["method"])[1]
         axes[0].plot(last["test_pgd10"], rows[label], "o", color=colour, alpha=0.6, clip_on=False)
     args.runs = [run for run in args.runs if (Path(run) / "model.pt").exists()]
+    if not args.runs:
+        console.fail("none of these runs has its network, model.pt")
     for run, (_, style, model, x, y) in zip(list(args.runs), networks(args)):
         classes, generator = model.arguments["num_classes"], torch.Generator().manual_seed(args.seed)
         wrong = (y + torch.randint(1, classes, y.shape, generator=generator).to(y.device)) % classes
-        for kind, target in (("told the label", y), ("told a wrong class", wrong)):
-            said, signs = dict.fromkeys(("no step", "input", "hidden", "both"), 0), []
-            for part, asked in zip(x.split(100), target.split(100)):
+        for kind, target in (("its label", y), ("a wrong class", wrong), ("another image's label", y)):
+            said, signs, asked = dict.fromkeys(("no step", "input", "hidden", "both"), 0), [], 0
+            for part, told in zip(x.split(100), target.split(100)):
                 eps = args.eps / 255
-                x_adv, delta = slat(model, part, asked, eps, ["0", "conv1", "conv2"], eps, 0.9 * eps)
+                x_adv, delta = slat(model, part, told, eps, ["0", "conv1", "conv2"], eps, 0.9 * eps)
                 signs.append(torch.stack([delta["conv1"], delta["conv2"]], 1).sign())
+                ask = torch.ones_like(told, dtype=torch.bool)
+                if kind == "another image's label":  # the next one's in the batch, where that has another label
+                    x_adv = (part + (x_adv - part).roll(1, 0)).clamp(0, 1)
+                    delta, ask, told = {k: v.roll(1, 0) for k, v in delta.items()}, told != told.roll(1), told.roll(1)
+                asked += ask.sum().item()
                 with torch.no_grad():
                     for name, where, steps in zip(said, (part, x_adv) * 2, ({}, {}, delta, delta)):
-                        said[name] += (model(where, delta=steps).argmax(1) == asked).sum().item()
-            numbers[run][kind] = {name: 100 * count / len(y) for name, count in said.items()}
-            numbers[run][kind]["read by the probe"] = read_by_probe(torch.cat(signs), target)
-        for key, marker, size, _ in TOLD:
-            where = numbers[run]["told a wrong class"][key], rows[numbers[run]["label"]]
+                        said[name] += (ask & (model(where, delta=steps).argmax(1) == told)).sum().item()
+            numbers[run][kind] = {name: 100 * count / max(asked, 1) for name, count in said.items()}
+            if kind != "another image's label":
+                numbers[run][kind]["read by the probe"] = read_by_probe(torch.cat(signs), target)
+        for kind, key, marker, size, _ in TOLD:
+            where = numbers[run][kind][key], rows[numbers[run]["label"]]
             axes[1].plot(*where, marker, color=style["color"], alpha=0.6, markersize=size)
     axes[0].set(yticks=list(rows.values()), yticklabels=list(rows), xlim=(0, None), ylim=(-0.6, len(rows) - 0.4))
     axes[0].set_xlabel("PGD-10 accuracy (%)")
     axes[1].set(xlim=(0, 100), xlabel="the class told (%)")
-    for _, marker, size, label in TOLD:
+    for *_, marker, size, label in TOLD:
         axes[1].plot([], [], marker, color="0.4", markersize=size, label=label)
     legend_below(figure, axes[1])
     caption(figure, configs, [config["monitor"] for config in configs], f"right: {len(y)} images")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import eval_attacks
 from conftest import SCRIPTS, parsed
-from paper import bench, figures, sweep
+from paper import bench, figures, slat_hidden, sweep
 from paper.results import PAPER, collapse, mean_std
 
 DOCS = [Path("README.md"), Path("data/README.md"), Path("results/RESULTS.md"), *sorted(Path("docs").glob("*.md"))]
@@ -65,7 +65,7 @@ def test_commands_are_understood(cli, page):
 
 
 def test_flags_in_the_text_exist(cli):
-    helps = "".join(cli(module, "--help")[1] for module in (*SCRIPTS.values(), eval_attacks, sweep, bench))
+    helps = "".join(cli(module, "--help")[1] for module in (*SCRIPTS.values(), eval_attacks, sweep, bench, slat_hidden))
     for page in DOCS:
         for code in re.findall(r"`(--[^`]*)`", page.read_text()):
             assert set(re.findall(r"--[\w-]+", code)) <= set(re.findall(r"--[\w-]+", helps)), f"{page}: {code}"
@@ -150,7 +150,33 @@ def test_small_runs_collapse_as_the_course_says():
         found = [json.loads(lines[-1])["test_pgd10"] for lines in runs]
         assert accuracies == ", ".join(f"{value:.0f}" for value in found), name
         assert collapsed == f"{sum(value < 10 for value in found)} of {len(found)}", name
-        assert all(value < 10 or value >= 27 for value in found)
+        assert all(value < 10 or value >= 24 for value in found)
+    rows = re.findall(r"^\| `(\w+)`: [^|]* \| ([\d, ]+) \| (.*) \|$", page, re.M)
+    assert len(rows) == 5
+    for hidden, accuracies, collapsed in rows:
+        folder = "slat" if hidden == "label" else f"slat_hidden_hidden-{hidden}"
+        runs = sorted(glob.glob(f"results/collapse/{folder}_dropout-0_seed?/metrics.jsonl"))
+        found = [json.loads(Path(run).read_text().splitlines()[-1])["test_pgd10"] for run in runs]
+        assert accuracies == ", ".join(f"{value:.0f}" for value in found), hidden
+        assert collapsed == f"{sum(value < 10 for value in found)} of {len(found)}", hidden
+
+
+def test_what_the_steps_tell_is_what_the_course_says():
+    told = [run for run in figures.read_json("results/figures/told.json")["runs"].values() if "its label" in run]
+    assert len(told) == 8
+    others, page = "another image's label", re.sub(r"\s+", " ", Path("docs/collapse.md").read_text())
+
+    def bounds(kind, key):
+        values = [run[kind][key] for run in told]
+        return f"{min(values):.0f} to {max(values):.0f} %"
+
+    assert f"in {bounds('a wrong class', 'read by the probe')} of cases" in page
+    assert f"in {bounds(others, 'hidden')} of cases, as without steps ({bounds(others, 'no step')})" in page
+    lost = [run[others] for run in told if run["label"] == "SLAT, dropout 0" and run["test_pgd10"] < 10]
+    said = sorted((run["input"], run["no step"]) for run in lost if run["input"] > run["no step"] + 3)
+    assert f"two of {['', '', '', 'three'][len(lost)]} collapsed" in page and len(said) == 2
+    (low, before_low), (high, before_high) = said
+    assert f"{low:.0f} and {high:.0f} %, where they had {before_low:.0f} and {before_high:.0f}." in page
 
 
 def test_committed_figures_and_table_are_what_the_results_say(cli, monkeypatch):

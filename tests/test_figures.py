@@ -121,17 +121,25 @@ def test_what_the_steps_tell(cli, runs, tmp_path):
     assert cli(figures, f"told {slat} {bare} {flags}")[::2] == (0, "")
     numbers = written(tmp_path / "told")
     assert numbers["runs"][str(bare)].keys() == {"label", "seed", "test_pgd10"} and numbers["images"]["n"] == 12
+    code, _, err = cli(figures, f"told {bare} {flags}")
+    assert code == 2 and err == "paper.figures.py: error: none of these runs has its network, model.pt\n"
     found, last = numbers["runs"][slat], results.read_json(f"{slat}/metrics.jsonl")[-1]
     assert (found["label"], found["test_pgd10"]) == ("SLAT", last["test_pgd10"])
     model, (x, y) = load_model(slat), common.load_data(parsed(SCRIPTS["slat"], SMALL)).test(12)
     wrong = (y + torch.randint(1, 10, y.shape, generator=torch.Generator().manual_seed(3))) % 10
-    for key, target in (("told the label", y), ("told a wrong class", wrong)):
-        said = torch.zeros(4, dtype=torch.float64)
-        for image, label in zip(x.split(1), target.split(1)):
-            x_adv, delta = SCRIPTS["slat"].slat(model, image, label, 16 / 255, LAYERS[:3], 16 / 255, 14.4 / 255)
-            seen = (model(image), model(x_adv), model(image, delta=delta), model(x_adv, delta=delta))
-            said += torch.tensor([logits.argmax(1).item() == label.item() for logits in seen])
-        assert [found[key][name] for name in ("no step", "input", "hidden", "both")] == (100 * said / 12).tolist(), key
+    for key, target in (("its label", y), ("a wrong class", wrong), ("another image's label", y)):
+        said, asked = torch.zeros(4, dtype=torch.float64), 0
+        for i in range(12):
+            j = i - 1 if key == "another image's label" else i  # whose steps image i gets
+            if i != j and y[i] == y[j]:
+                continue
+            steps = SCRIPTS["slat"].slat(model, x[j, None], target[j, None], 16 / 255, LAYERS[:3], 16 / 255, 14.4 / 255)
+            x_adv, delta = (x[i] + steps[0] - x[j]).clamp(0, 1), steps[1]
+            seen = (model(x[i, None]), model(x_adv), model(x[i, None], delta=delta), model(x_adv, delta=delta))
+            said += torch.tensor([logits.argmax(1).item() == target[j].item() for logits in seen])
+            asked += 1
+        values = [found[key][name] for name in ("no step", "input", "hidden", "both")]
+        assert values == (100 * said / asked).tolist() and 0 < asked <= 12, key
 
 
 def result(method, seed, clean, pgd, autoattack=None, usual=(), best=False, **flags):

@@ -21,6 +21,8 @@ python -m paper.figures landscape $R/{slat,fgsm,pgd}_${S}_eps8_seed0 $D --n 50 -
 python -m paper.figures landscape $R/{fgsm,fgsm_rs,slat}_${S}_eps16_seed0 --eps 16 $D --n 50 --out $F/landscape-eps16
 python -m paper.figures grad-norm $R/{slat,fgsm,fgsm_rs,pgd}_${S}_eps8_seed0 $R/free_*_eps8_seed0 $D --n 200 --out $F/grad-norm
 python -m paper.figures linearity $R/{slat,fgsm,fgsm_rs,pgd}_${S}_eps8_seed0 $R/free_*_eps8_seed0 $D --n 100 --out $F/linearity
+T=results/collapse H=_dropout-0_seed
+python -m paper.figures told $T/{slat$H,slat_hidden_hidden-{none,random,predicted,noise}$H,slat_dropout-0.3_seed,fgsm$H}? --eps 16 $D --n 1000 --out $F/told
 python -m paper.toy_2d --out $F/toy_2d
 # attack.png: cp -r results/cpu/runs/fgsm_wrn10-2_epochs8_eps8_seed0 runs/attack, then
 # python eval_attacks.py runs/attack --attack pgd --dataset data/cifar10_tiny.npz --n 100 --save-adv runs/attack/adv.npz

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common import autocast
-from console import StatusLine, clock, fail, load_file, load_json, note, versions, write_file, write_torch
+from console import StatusLine, clock, fail, hardware, load_file, load_json, note, versions, write_file, write_torch
 from eval_attacks import RUN_FILES, ContractError, ascend, cross_entropy, percent, pgd
 
 # May differ between a run and its resumption; of the data set only the name may, see there.
@@ -78,7 +78,7 @@ class Run:
         count, n, n_test = sum(p.numel() for p in model.parameters()), len(data.train_y), len(data.test_y)
         print(f"network  WRN-{args.depth}-{args.width}, {count / 1e6:.1f} M parameters, dropout {args.dropout}")
         print(f"data     {data.name}: {n:,} training, {n_test:,} test images, {len(data.classes)} classes")
-        print(f"device   {versions(args.device)['hardware']}, {args.precision}")
+        print(f"device   {hardware(args.device)}, {args.precision}")
         print(f"run      {self.out}: {args.epochs} epochs, {args.epochs * self.steps:,} steps, eps {args.eps:g}/255")
         if resumed:
             print(f"resumed  after epoch {self.epoch} of {args.epochs}")

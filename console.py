@@ -259,17 +259,23 @@ def commit():
     return found.stdout.strip() or None
 
 
+def hardware(device):
+    """The name of a GPU, or of the CPU with its number of threads."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = re.search(r"model name\s*: (.*)", CPUINFO)
+    return f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
+
+
 def versions(device):
     """What a number depends on besides its flags."""
-    name = re.search(r"model name\s*: (.*)", CPUINFO)
-    cpu = f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
     return {
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "commit": commit(),
         "device": str(device),
-        "hardware": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else cpu,
+        "hardware": hardware(device),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 

@@ -296,6 +296,13 @@ def read_by_probe(signs, labels):
     return 100 * ((kernel[half:] @ weights).argmax(1) == labels[half:]).float().mean().item()
 
 
+def said(model, x, x_adv, delta, classes):
+    """Does the network say `classes` (N,), given no step, the input's, the hidden ones, both? Booleans (4, N)."""
+    given = ((x, {}), (x_adv, {}), (x, delta), (x_adv, delta))
+    with torch.no_grad():
+        return torch.stack([model(images, delta=steps).argmax(1) == classes for images, steps in given])
+
+
 def told(args):
     """Do the signs of SLAT's steps tell a class, and does the network heed them?
 
@@ -321,23 +328,24 @@ def told(args):
     for run, (_, style, model, x, y) in zip(list(args.runs), networks(args)):
         classes, generator = model.arguments["num_classes"], torch.Generator().manual_seed(args.seed)
         wrong = (y + torch.randint(1, classes, y.shape, generator=generator).to(y.device)) % classes
-        for kind, target in (("its label", y), ("a wrong class", wrong), ("another image's label", y)):
-            said, signs, asked = dict.fromkeys(("no step", "input", "hidden", "both"), 0), [], 0
-            for part, told in zip(x.split(100), target.split(100)):
-                eps = args.eps / 255
-                x_adv, delta = slat(model, part, told, eps, ["0", "conv1", "conv2"], eps, 0.9 * eps)
-                signs.append(torch.stack([delta["conv1"], delta["conv2"]], 1).sign())
-                ask = torch.ones_like(told, dtype=torch.bool)
-                if kind == "another image's label":  # the next one's in the batch, where that has another label
+        targets, eps = {"its label": y, "a wrong class": wrong}, args.eps / 255
+        heard, signs = {kind: [] for kind in (*targets, "another image's label")}, {kind: [] for kind in targets}
+        for kind, target in targets.items():
+            for part, classes in zip(x.split(100), target.split(100)):
+                x_adv, delta = slat(model, part, classes, eps, ["0", "conv1", "conv2"], eps, 0.9 * eps)
+                signs[kind].append(torch.stack([delta["conv1"], delta["conv2"]], 1).sign())
+                heard[kind].append(said(model, part, x_adv, delta, classes))
+                if kind == "its label":  # and the next image in the batch hears it, where that has another label
                     x_adv = (part + (x_adv - part).roll(1, 0)).clamp(0, 1)
-                    delta, ask, told = {k: v.roll(1, 0) for k, v in delta.items()}, told != told.roll(1), told.roll(1)
-                asked += ask.sum().item()
-                with torch.no_grad():
-                    for name, where, steps in zip(said, (part, x_adv) * 2, ({}, {}, delta, delta)):
-                        said[name] += (ask & (model(where, delta=steps).argmax(1) == told)).sum().item()
-            numbers[run][kind] = {name: 100 * count / max(asked, 1) for name, count in said.items()}
-            if kind != "another image's label":
-                numbers[run][kind]["read by the probe"] = read_by_probe(torch.cat(signs), target)
+                    delta, others = {name: steps.roll(1, 0) for name, steps in delta.items()}, classes.roll(1)
+                    found = said(model, part, x_adv, delta, others)
+                    heard["another image's label"].append(found[:, others != classes])
+        for kind, found in heard.items():
+            found = torch.cat(found, 1)
+            counts = zip(("no step", "input", "hidden", "both"), found.sum(1).tolist())
+            numbers[run][kind] = {name: 100 * count / max(found.shape[1], 1) for name, count in counts}
+        for kind, target in targets.items():
+            numbers[run][kind]["read by the probe"] = read_by_probe(torch.cat(signs[kind]), target)
         for kind, key, marker, size, _ in TOLD:
             where = numbers[run][kind][key], rows[numbers[run]["label"]]
             axes[1].plot(*where, marker, color=style["color"], alpha=0.6, markersize=size)

@@ -1,6 +1,7 @@
 """SLAT with other hidden steps: what makes it collapse without dropout? Ours, not the paper's; docs/collapse.md.
 
     python -m paper.slat_hidden --hidden predicted --eps 16 --dropout 0
+    python -m paper.slat_hidden --dropout-epochs 1-2 --eps 16              dropout in the first two epochs only
 
 SLAT's steps are computed from the label, so their signs can tell it. --hidden, with the passes of a step:
     label       SLAT itself (5)
@@ -9,10 +10,12 @@ SLAT's steps are computed from the label, so their signs can tell it. --hidden, 
     predicted   hidden steps against the class that the network predicts, the input's against the label (6)
     everywhere  the predicted class for the input, too (5)
     noise       SLAT's steps, all from N-FGSM's start, x + U(-2 eps, 2 eps); input step eps, clipped to [0, 1] only (5)
-Loop and other flags are those of train_slat.py.
+The loop and all flags but --hidden and --dropout-epochs are those of train_slat.py.
 """
 
+import argparse
 import functools
+import re
 from unittest import mock
 
 import torch
@@ -20,8 +23,10 @@ import torch.nn.functional as F
 
 import common
 import train_slat
+from bookkeeping import Run
 from common import make_parser
 from console import fail, launch
+from wrn import Block
 
 HIDDEN = ("label", "none", "random", "predicted", "everywhere", "noise")
 
@@ -54,15 +59,35 @@ def slat_hidden(model, x, y, eps, layers, eta, input_step, latent_clamp=True, hi
     return torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1), delta
 
 
-def parse_args():
-    """train_slat's flags and --hidden."""
+def epochs(text):
+    """[first, last] of FIRST-LAST."""
+    if not re.fullmatch(r"[1-9]\d*-[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST-LAST, as 1-2")
+    return [int(number) for number in text.split("-")]
 
-    def with_hidden(_):
+
+class PartlyDropped(Run):
+    """Dropout in the epochs of --dropout-epochs only."""
+
+    def _begin_epoch(self):
+        super()._begin_epoch()
+        if self.args.dropout_epochs:
+            first, last = self.args.dropout_epochs
+            for block in filter(lambda module: isinstance(module, Block), self.model.modules()):
+                block.p = self.args.dropout if first <= self.epoch + 1 <= last else 0
+
+
+def parse_args():
+    """train_slat's flags and the two of this file."""
+
+    def with_two_more(_):
         parser = make_parser(__doc__)
         parser.add_argument("--hidden", choices=HIDDEN, default="label", help="the hidden steps")
+        only = "FIRST-LAST: no dropout in the others"
+        parser.add_argument("--dropout-epochs", type=epochs, metavar="EPOCHS", help=only)
         return parser
 
-    with mock.patch.object(common, "make_parser", with_hidden):
+    with mock.patch.object(common, "make_parser", with_two_more):
         args = train_slat.parse_args()
     if args.layers[0] != "0":
         fail(f"argument --layers: {','.join(args.layers)} does not begin with 0, the input")
@@ -72,7 +97,7 @@ def parse_args():
 def main():
     args = parse_args()
     slat = functools.partial(slat_hidden, hidden=args.hidden)
-    with mock.patch.multiple(train_slat, slat=slat, parse_args=lambda: args):
+    with mock.patch.multiple(train_slat, slat=slat, Run=PartlyDropped, parse_args=lambda: args):
         train_slat.main()
 
 

@@ -11,9 +11,10 @@ import torchattacks
 import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import paper.slat_hidden
 import train_fgsm
 import train_slat
-from conftest import SCRIPTS, SMALL
+from conftest import SCRIPTS, SMALL, rows
 from console import load_file
 from paper.fgsm_rs_latent import fgsm_rs_latent
 from paper.slat_hidden import HIDDEN, slat_hidden
@@ -174,6 +175,21 @@ def test_slat_with_other_hidden_steps_differs_from_slat_in_what_is_said_only(smo
     assert all(torch.equal(delta[name], steps) for name, steps in train_slat.slat(model, start, y, *of_slat)[1].items())
     torch.manual_seed(4)
     torch.testing.assert_close(x_adv, SCRIPTS["n_fgsm"].n_fgsm(model, x, y, 0.05, 0.1))
+
+
+def test_dropout_in_some_epochs_only(cli, tmp_path):
+    """The first epoch is that of a run with dropout, to the last bit; a second without it differs."""
+    flags = f"{SMALL} --epochs 2 --dropout 0.3 --eps 16"
+    runs = {"always": "--dropout-epochs 1-2", "first": "--dropout-epochs 1-1", "second": "--dropout-epochs 2-9"}
+    for name, more in (runs | {"never": "--dropout 0"}).items():
+        assert cli(paper.slat_hidden, f"{flags} {more} --out {tmp_path / name}")[0] == 0
+    assert cli(train_slat, f"{flags} --out {tmp_path / 'slat'}")[0] == 0
+    of = {name: rows(tmp_path / name) for name in (*runs, "never", "slat")}
+    assert of["always"] == of["slat"] and of["first"][0] == of["slat"][0]
+    assert of["second"][0] == of["never"][0] != of["slat"][0]
+    assert len({run[1]["loss"] for run in of.values()}) == 4
+    code, _, err = cli(paper.slat_hidden, f"{flags} --dropout-epochs 2 --out {tmp_path / 'x'}")
+    assert code == 2 and "'2' is not FIRST-LAST, as 1-2" in err
 
 
 def test_fgsm_is_torchattacks_fgsm(smooth):

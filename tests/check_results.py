@@ -152,13 +152,39 @@ def test_small_runs_collapse_as_the_course_says():
         assert collapsed == f"{sum(value < 10 for value in found)} of {len(found)}", name
         assert all(value < 10 or value >= 24 for value in found)
     rows = re.findall(r"^\| `(\w+)`: [^|]* \| ([\d, ]+) \| (.*) \|$", page, re.M)
-    assert len(rows) == 5
+    assert len(rows) == 6
     for hidden, accuracies, collapsed in rows:
         folder = "slat" if hidden == "label" else f"slat_hidden_hidden-{hidden}"
         runs = sorted(glob.glob(f"results/collapse/{folder}_dropout-0_seed?/metrics.jsonl"))
         found = [json.loads(Path(run).read_text().splitlines()[-1])["test_pgd10"] for run in runs]
         assert accuracies == ", ".join(f"{value:.0f}" for value in found), hidden
         assert collapsed == f"{sum(value < 10 for value in found)} of {len(found)}", hidden
+
+
+def test_early_collapses_are_what_the_course_says():
+    """Alignment after the first epoch on the complete data; after the second of the small runs it tells what comes."""
+    page = re.sub(r"\s+", " ", Path("docs/collapse.md").read_text())
+
+    def metrics(*patterns):
+        paths = [path for pattern in patterns for path in glob.glob(f"results/{pattern}/metrics.jsonl")]
+        paths.sort(key=lambda path: int(re.findall(r"\d+", path)[-1]))  # by seed
+        return [[json.loads(line) for line in Path(path).read_text().splitlines()] for path in paths]
+
+    rows = re.findall(r"\| (\S+|SLAT, `--hidden (\w+)`) \| (\d+) \| (0\.[\d., ]+) \|", page)
+    assert len(rows) >= 7
+    for name, hidden, eps, alignments in rows:
+        method = f"slat_hidden_wrn10-2_epochs8_eps{eps}_hidden-{hidden}" if hidden else ""
+        method = method or f"{name.lower().replace('-', '_')}_wrn10-2_epochs8_eps{eps}"
+        found = metrics(*(f"{place}/{method}_dropout-0_seed*[0-9]" for place in ("cpu/runs", "first")))
+        assert alignments == ", ".join(f"{run[0]['alignment']:.2f}" for run in found), name
+    small = [run for method in SCRIPTS for run in metrics(f"collapse/{method}_dropout-*_seed?")]
+    small += metrics("collapse/slat_hidden_hidden-*")
+    lost = [run[1]["alignment"] for run in small if run[-1]["test_pgd10"] < 10]
+    kept = [run[1]["alignment"] for run in small if run[-1]["test_pgd10"] >= 10]
+    assert f"at most {max(lost):.2f} then ({len(lost)} runs), all others {min(kept):.2f} or more ({len(kept)})" in page
+    for epochs, where in (("1-2", "as good as in all: {} in the end"), ("3-12", "too late: {}, the same")):
+        found = metrics(f"collapse/slat_hidden_dropout-0.3_dropout-epochs-{epochs}_*")
+        assert where.format(", ".join(f"{run[-1]['test_pgd10']:.0f}" for run in found)) in page
 
 
 def test_what_the_steps_tell_is_what_the_course_says():
@@ -188,7 +214,7 @@ def test_committed_figures_and_table_are_what_the_results_say(cli, monkeypatch):
     for words in commands:
         if words[0] in ("curves", "alignment", "eps", "eta", "dropout"):
             assert cli(figures, " ".join(words))[0] == 0
-    assert len(remade) == 11
+    assert len(remade) == 12
     for name, numbers in remade.items():
         assert json.loads(Path(f"{name}.json").read_text()) == numbers, f"remake {name}: bash {script}"
     table = cli(figures, " ".join(["table", *glob.glob("results/[cg]pu/*.json")]))[1].replace("](results/", "](")

@@ -326,8 +326,8 @@ def told(args):
     if not args.runs:
         console.fail("none of these runs has its network, model.pt")
     for run, (_, style, model, x, y) in zip(list(args.runs), networks(args)):
-        classes, generator = model.arguments["num_classes"], torch.Generator().manual_seed(args.seed)
-        wrong = (y + torch.randint(1, classes, y.shape, generator=generator).to(y.device)) % classes
+        number, generator = model.arguments["num_classes"], torch.Generator().manual_seed(args.seed)
+        wrong = (y + torch.randint(1, number, y.shape, generator=generator).to(y.device)) % number
         targets, eps = {"its label": y, "a wrong class": wrong}, args.eps / 255
         heard, signs = {kind: [] for kind in (*targets, "another image's label")}, {kind: [] for kind in targets}
         for kind, target in targets.items():

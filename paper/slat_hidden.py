@@ -73,8 +73,9 @@ class PartlyDropped(Run):
         super()._begin_epoch()
         if self.args.dropout_epochs:
             first, last = self.args.dropout_epochs
-            for block in filter(lambda module: isinstance(module, Block), self.model.modules()):
-                block.p = self.args.dropout if first <= self.epoch + 1 <= last else 0
+            for module in self.model.modules():
+                if isinstance(module, Block):
+                    module.p = self.args.dropout if first <= self.epoch + 1 <= last else 0
 
 
 def parse_args():

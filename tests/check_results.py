@@ -139,43 +139,37 @@ def test_accuracies_in_the_text_are_what_was_measured(page):
     assert len(found) > 10 and found <= known, found - known
 
 
+def metrics(*patterns):
+    """The epochs of each run in results/ that fits one of these patterns, by seed."""
+    paths = [path for pattern in patterns for path in glob.glob(f"results/{pattern}/metrics.jsonl")]
+    return [figures.read_json(path) for path in sorted(paths, key=lambda path: int(re.findall(r"\d+", path)[-1]))]
+
+
 def test_small_runs_collapse_as_the_course_says():
-    """The table of docs/collapse.md: PGD-10 accuracy at the end, by seed, and how often it is below 10 %."""
+    """The tables of docs/collapse.md: PGD-10 accuracy at the end, by seed, and how often it is below 10 %."""
     page = Path("docs/collapse.md").read_text()
-    rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d, ]+) \| (.*) \|$", page, re.M)
-    assert len(rows) >= 5
-    for name, dropout, accuracies, collapsed in rows:
-        folder = f"results/collapse/{name.lower().replace('-', '_')}_dropout-{dropout}_seed"
-        runs = [Path(path, "metrics.jsonl").read_text().splitlines() for path in sorted(glob.glob(f"{folder}?"))]
-        found = [json.loads(lines[-1])["test_pgd10"] for lines in runs]
-        assert accuracies == ", ".join(f"{value:.0f}" for value in found), name
-        assert collapsed == f"{sum(value < 10 for value in found)} of {len(found)}", name
-        assert all(value < 10 or value >= 24 for value in found)
-    rows = re.findall(r"^\| `(\w+)`: [^|]* \| ([\d, ]+) \| (.*) \|$", page, re.M)
-    assert len(rows) == 6
-    for hidden, accuracies, collapsed in rows:
-        folder = "slat" if hidden == "label" else f"slat_hidden_hidden-{hidden}"
-        runs = sorted(glob.glob(f"results/collapse/{folder}_dropout-0_seed?/metrics.jsonl"))
-        found = [json.loads(Path(run).read_text().splitlines()[-1])["test_pgd10"] for run in runs]
-        assert accuracies == ", ".join(f"{value:.0f}" for value in found), hidden
-        assert collapsed == f"{sum(value < 10 for value in found)} of {len(found)}", hidden
+    methods = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d, ]+) \| (.*) \|$", page, re.M)
+    steps = re.findall(r"^\| `(\w+)`: [^|]* \| ([\d, ]+) \| (.*) \|$", page, re.M)
+    assert len(methods) >= 5 and len(steps) == 6
+    rows = [(f"{name.lower().replace('-', '_')}_dropout-{dropout}", *row) for name, dropout, *row in methods]
+    of_steps = {way: "slat" if way == "label" else f"slat_hidden_hidden-{way}" for way, *_ in steps}
+    rows += [(f"{of_steps[way]}_dropout-0", *row) for way, *row in steps]
+    for i, (folder, accuracies, collapsed) in enumerate(rows):
+        found = [run[-1]["test_pgd10"] for run in metrics(f"collapse/{folder}_seed?")]
+        assert accuracies == ", ".join(f"{value:.0f}" for value in found), folder
+        assert collapsed == f"{sum(value < 10 for value in found)} of {len(found)}", folder
+        assert i >= len(methods) or all(value < 10 or value >= 24 for value in found)
 
 
 def test_early_collapses_are_what_the_course_says():
     """Alignment after the first epoch on the complete data; after the second of the small runs it tells what comes."""
     page = re.sub(r"\s+", " ", Path("docs/collapse.md").read_text())
-
-    def metrics(*patterns):
-        paths = [path for pattern in patterns for path in glob.glob(f"results/{pattern}/metrics.jsonl")]
-        paths.sort(key=lambda path: int(re.findall(r"\d+", path)[-1]))  # by seed
-        return [[json.loads(line) for line in Path(path).read_text().splitlines()] for path in paths]
-
     rows = re.findall(r"\| (\S+|SLAT, `--hidden (\w+)`) \| (\d+) \| (0\.[\d., ]+) \|", page)
     assert len(rows) >= 7
     for name, hidden, eps, alignments in rows:
-        method = f"slat_hidden_wrn10-2_epochs8_eps{eps}_hidden-{hidden}" if hidden else ""
-        method = method or f"{name.lower().replace('-', '_')}_wrn10-2_epochs8_eps{eps}"
-        found = metrics(*(f"{place}/{method}_dropout-0_seed*[0-9]" for place in ("cpu/runs", "first")))
+        method, way = ("slat_hidden", f"_hidden-{hidden}") if hidden else (name.lower().replace("-", "_"), "")
+        run = f"{method}_wrn10-2_epochs8_eps{eps}{way}_dropout-0_seed*[0-9]"
+        found = metrics(f"cpu/runs/{run}", f"first/{run}")
         assert alignments == ", ".join(f"{run[0]['alignment']:.2f}" for run in found), name
     small = metrics("collapse/*")
     lost = [run[1]["alignment"] for run in small if run[-1]["test_pgd10"] < 10]

@@ -122,7 +122,7 @@ def test_empty_values_and_two_dashes_are_one_line(refused, flag):
 LETTERS = "import console\nconsole.launch(lambda: (print('± ü'), console.note('ü'), console.fail('ä')))"
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8", "latin-1:strict"])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252:strict"])
 def test_a_letter_that_the_console_lacks_ends_nothing(encoding):
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     command = [sys.executable, "-c", LETTERS]
@@ -149,11 +149,11 @@ def test_a_clock_that_stands_still(tmp_path, monkeypatch, capsys):
 
 
 def test_no_flipped_bit_of_a_file_of_weights_changes_them(tmp_path):
-    """Every seventh bit; some mean nothing. torch reads what is marked as a folder as whatever is in memory."""
+    """Every 13th bit; some mean nothing. torch reads what is marked as a folder as whatever is in memory."""
     path, weights = tmp_path / "w.pt", {"a": torch.arange(6.0), "b": torch.ones(2, dtype=torch.double)}
     torch.save(weights, path)
     content, refused = path.read_bytes(), 0
-    for i in range(0, 8 * len(content), 7):
+    for i in range(0, 8 * len(content), 13):
         flipped = bytearray(content)
         flipped[i // 8] ^= 1 << i % 8
         path.write_bytes(flipped)
@@ -162,7 +162,7 @@ def test_no_flipped_bit_of_a_file_of_weights_changes_them(tmp_path):
             assert all(torch.equal(found[key], value) for key, value in weights.items()), i
         except OSError:
             refused += 1
-    assert refused > 0.13 * len(content)
+    assert refused > 0.07 * len(content)
 
 
 def test_records_that_only_look_whole_are_refused(tmp_path):

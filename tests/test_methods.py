@@ -179,7 +179,7 @@ def test_slat_with_other_hidden_steps_differs_from_slat_in_what_is_said_only(smo
 
 def test_dropout_in_some_epochs_only(cli, tmp_path):
     """The first epoch is that of a run with dropout, to the last bit; a second without it differs."""
-    flags = f"{SMALL} --epochs 2 --dropout 0.3 --eps 16"
+    flags = f"{SMALL} --limit-train 64 --monitor 1 --epochs 2 --dropout 0.3 --eps 16"
     runs = {"always": "--dropout-epochs 1-2", "first": "--dropout-epochs 1-1", "second": "--dropout-epochs 2-9"}
     for name, more in (runs | {"never": "--dropout 0"}).items():
         assert cli(paper.slat_hidden, f"{flags} {more} --out {tmp_path / name}")[0] == 0

@@ -274,9 +274,9 @@ def epochs_of(config):
 
 
 def setup_of(result):
-    """What a row of each table begins with, in the order of the rows: data, network, eps, method."""
+    """By what the rows of each table are ordered: data, network, the largest first, eps, method."""
     config = result["training"]
-    return result["data_key"], (config["depth"], config["width"]), result["eps"], order(config["method"])
+    return result["data_key"], (-config["depth"], -config["width"]), result["eps"], order(config["method"])
 
 
 def per_epoch(result, key):
@@ -305,7 +305,7 @@ def reliability(results):
             continue
         seeds = groups.setdefault((*setup_of(result), epochs_of(config), config.get("dropout", 0.3)), {})
         seeds.setdefault(config["seed"], []).append(result)
-    for (_, network, eps, (_, method), (*_, epochs), dropout), seeds in sorted(groups.items()):
+    for (_, _, eps, (_, method), (*_, epochs), dropout), seeds in sorted(groups.items()):
         ends = {seed: [collapse(result) for result in found] for seed, found in seeds.items()}
         lost = sorted({end for found in ends.values() for end in found if end}, key=str)
         whole = [seeds[seed] for seed, found in ends.items() if not any(found)]
@@ -315,7 +315,14 @@ def reliability(results):
             cells.append(f"{mean_std(values)[0]:.1f}" if values else "-")
             if len(values) > 1:
                 cells[-1] += f" ({min(values):.1f} to {max(values):.1f})"
-        row = [look(method)[0], f"WRN-{network[0]}-{network[1]}", epochs, f"{eps:g}", f"{dropout:g}", len(seeds)]
+        row = [
+            look(method)[0],
+            next(iter(seeds.values()))[0]["network"],
+            epochs,
+            f"{eps:g}",
+            f"{dropout:g}",
+            len(seeds),
+        ]
         row += [len(seeds) - len(whole), ", ".join(map(str, lost)) or "-", *cells]
         yield f"| {' | '.join(map(str, row))} |"
 

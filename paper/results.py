@@ -315,14 +315,8 @@ def reliability(results):
             cells.append(f"{mean_std(values)[0]:.1f}" if values else "-")
             if len(values) > 1:
                 cells[-1] += f" ({min(values):.1f} to {max(values):.1f})"
-        row = [
-            look(method)[0],
-            next(iter(seeds.values()))[0]["network"],
-            epochs,
-            f"{eps:g}",
-            f"{dropout:g}",
-            len(seeds),
-        ]
+        one, *_ = next(iter(seeds.values()))
+        row = [look(method)[0], one["network"], epochs, f"{eps:g}", f"{dropout:g}", len(seeds)]
         row += [len(seeds) - len(whole), ", ".join(map(str, lost)) or "-", *cells]
         yield f"| {' | '.join(map(str, row))} |"
 

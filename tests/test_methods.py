@@ -188,8 +188,9 @@ def test_dropout_in_some_epochs_only(cli, tmp_path):
     assert of["always"] == of["slat"] and of["first"][0] == of["slat"][0]
     assert of["second"][0] == of["never"][0] != of["slat"][0]
     assert len({run[1]["loss"] for run in of.values()}) == 4
-    code, _, err = cli(paper.slat_hidden, f"{flags} --dropout-epochs 2 --out {tmp_path / 'x'}")
-    assert code == 2 and "'2' is not FIRST-LAST, as 1-2" in err
+    for epochs in ("2", "2-1"):
+        code, _, err = cli(paper.slat_hidden, f"{flags} --dropout-epochs {epochs} --out {tmp_path / 'x'}")
+        assert code == 2 and f"'{epochs}' is not FIRST-LAST, as 1-2" in err
 
 
 def test_fgsm_is_torchattacks_fgsm(smooth):

@@ -42,11 +42,10 @@ BAND = "bands: ± 1 standard error"
 ACCURACIES = ("clean", "PGD-50-10", "AutoAttack")
 RING = {"marker": "o", "markersize": 14, "fillstyle": "none", "linestyle": "none", "zorder": 3}
 NOTHING = (math.nan, math.nan)  # a point where nothing was measured
-TOLD = (  # what `told` draws: what was told, key, marker, its size, name
-    ("a wrong class", "read by the probe", "D", 5, "read by a probe"),
-    ("another image's label", "hidden", "o", 5, "said with another's hidden steps"),
-    ("another image's label", "input", "^", 6, "said with another's input step"),
-    ("another image's label", "no step", "|", 12, "said without steps"),
+TOLD = (  # what `told` draws: key, marker, its size, name
+    ("hidden", "o", 5, "given its hidden steps"),
+    ("input", "^", 6, "given its input step"),
+    ("no step", "|", 12, "given none"),
 )
 PEAK = 0.4  # share of the epochs after which the learning rate is highest
 
@@ -306,13 +305,14 @@ def said(model, x, x_adv, delta, classes):
 def told(args):
     """Do the signs of SLAT's steps tell a class, and does the network heed them?
 
-    Left: PGD-10 accuracy after the last epoch, a point for each run. Right, for the runs whose network is there.
-    Diamond: how often a linear probe reads from the signs of an image's hidden steps the wrong class, drawn at random,
-    that they were taken against. Circle and triangle: how often the network says another image's class, given that
-    image's hidden steps or its step in the input; bar: given none.
+    Left: PGD-10 accuracy after the last epoch, a point for each run. Right, for the runs whose network is there: how
+    often it says another image's label, given that image's hidden steps, its step in the input, or none. In the JSON
+    also: how often a linear probe reads from the signs of hidden steps the class that they were taken against, which is
+    the image's own or a wrong one, drawn at random.
     """
     configs, numbers = [read_run(run) for run in args.runs], {}
     labels = [label.partition(", seed ")[0] for label, _ in legends(args.runs, configs)]
+    labels = [label.removeprefix("SLAT variant, ").replace("hidden ", "--hidden ") for label in labels]
     if any("dropout" in label for label in labels):  # then the default is worth a word, too
         labels = [f"{x}, dropout {c['dropout']:g}" if "dropout" not in x else x for x, c in zip(labels, configs)]
     rows = {label: row for row, label in enumerate(reversed(dict.fromkeys(labels)))}
@@ -346,16 +346,16 @@ def told(args):
             numbers[run][kind] = {name: 100 * count / max(found.shape[1], 1) for name, count in counts}
         for kind, target in targets.items():
             numbers[run][kind]["read by the probe"] = read_by_probe(torch.cat(signs[kind]), target)
-        for kind, key, marker, size, _ in TOLD:
-            where = numbers[run][kind][key], rows[numbers[run]["label"]]
+        for key, marker, size, _ in TOLD:
+            where = numbers[run]["another image's label"][key], rows[numbers[run]["label"]]
             axes[1].plot(*where, marker, color=style["color"], alpha=0.6, markersize=size)
     axes[0].set(yticks=list(rows.values()), yticklabels=list(rows), xlim=(0, None), ylim=(-0.6, len(rows) - 0.4))
     axes[0].set_xlabel("PGD-10 accuracy (%)")
-    axes[1].set(xlim=(0, 100), xlabel="the class told (%)")
+    axes[1].set(xlim=(0, None), xlabel=f"says another's label (%)\nn = {len(y)} images")
     for *_, marker, size, label in TOLD:
         axes[1].plot([], [], marker, color="0.4", markersize=size, label=label)
     legend_below(figure, axes[1])
-    caption(figure, configs, [config["monitor"] for config in configs], f"right: {len(y)} images")
+    caption(figure, configs, [config["monitor"] for config in configs])
     write(args.out, figure, {"eps": args.eps, "seed": args.seed, "images": args.images, "runs": numbers})
 
 
@@ -400,7 +400,7 @@ def over_epochs(args):
                 axis.plot(where[since], numbers[label]["test_fgsm"][since], ":", **style)
     if rings:
         axes[0].plot([], [], **RING, color="0.4", label="best epoch")
-        axes[0].plot([], [], ":", color="0.4", label="under FGSM, once collapsed") if curves else None
+        axes[0].plot([], [], ":", color="0.4", label="under FGSM, if collapsed") if curves else None
     for axis, title in zip(axes, ("clean", "under PGD-10")):
         axis.axvline(PEAK * end, color="0.6", linewidth=1, zorder=0)
         axis.set(xlabel="fraction of training" if end == 1 else "epoch", xlim=(0, 1.02 * end))

@@ -38,12 +38,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(message)
 
-    def parse_known_args(self, args=None, namespace=None):
-        for word in sys.argv[1:] if args is None else args:
-            if re.fullmatch("--.*=--", word):  # on which argparse of Python < 3.13 stumbles
-                self.error(f"argument {word[:-3]}: '--' is no value")
-        return super().parse_known_args(args, namespace)
-
 
 def number(kind, low, high=1e9):
     """An argparse type: an int or a float (kind) in [low, high]."""
@@ -169,7 +163,6 @@ STRANGERS = {
     r".*TorchScript": "a TorchScript archive: load it in a file of your own, --model FILE:FUNCTION, by torch.jit.load",
     r"version https://git-lfs": "a pointer of Git LFS: fetch the file itself by git lfs pull",
     r"\s*<(!doctype|html)": "a web page: download the file itself",
-    r"\x89HDF": "an HDF5 file: read it with its own library, then torch.save a state_dict",
     r".*?GLOBAL (?P<code>\S+)": "code that is not run: save the weights by themselves, torch.save(state_dict, FILE)",
 }
 
@@ -269,6 +262,8 @@ def hardware(device):
 
 def versions(device):
     """What a number depends on besides its flags."""
+    spec = sys.modules["__main__"].__spec__
+    program = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
     return {
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -276,7 +271,7 @@ def versions(device):
         "commit": commit(),
         "device": str(device),
         "hardware": hardware(device),
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", *program, *sys.argv[1:]]),
     }
 
 

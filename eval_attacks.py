@@ -445,7 +445,6 @@ def check_network(model, x, y, eps, batch_size=0, count=250):
 # ---------------------------------------------------------------- command line
 
 import hashlib
-import inspect
 import io
 import json
 import re
@@ -580,33 +579,20 @@ def load_network(args):
         names = runpy.run_path(file)
         if function not in names:
             console.fail(f"--model {args.model}: there is no {function!r} in {file}")
-        model = make(names[function], args.model)
+        factory = names[function]
+        model = factory if isinstance(factory, torch.nn.Module) else factory()
     except OSError as error:  # of the user's code, so not one line
         raise RuntimeError(f"--model {args.model}") from error
     finally:
         sys.modules.update(ours)
+    if not callable(model):
+        console.fail(f"--model {args.model} returns {kind(model)}, no network: is its return missing?")
     if args.weights:
         load_weights(model, weights, args.weights)
     if isinstance(model, torch.nn.Module):
         model = model.float().to(args.device).eval()
         for weight in model.parameters():  # requires_grad_ of the whole is not for TorchScript
             weight.requires_grad_(False)
-    return model
-
-
-def make(factory, name):
-    """The network that a function without arguments returns, or that `factory` is itself; one line otherwise."""
-    model = factory
-    if not isinstance(factory, torch.nn.Module):
-        try:
-            inspect.signature(factory).bind()
-        except TypeError as error:  # no function, or one that wants arguments
-            console.fail(f"--model {name} must be a function that is called without arguments: {error}")
-        except ValueError:  # a builtin that does not say
-            pass
-        model = factory()
-    if not callable(model):
-        console.fail(f"--model {name} returns {kind(model)}, no network: is its return missing?")
     return model
 
 
@@ -636,20 +622,12 @@ def load_state(args, model, x, y, clean):
     if not args.state or not Path(args.state).is_file():
         return {"settings": settings, "masks": {}, "seconds": {}, "x_adv": x.clone()}
     state = console.load_file(args.state)
-    try:
-        for key, value in settings.items():
-            before = state.get("settings", {}).get(key)
-            if before != value:
-                reason = f"{args.state} belongs to another evaluation ({key} was {before} there and is {value} now)"
-                raise ContractError(f"{reason}: delete it, or name another file")
-        masks = {label: mask.to(x.device) for label, mask in state["masks"].items()}
-        sound = all(mask.dtype == torch.bool and mask.shape == y.shape for mask in masks.values())
-        sound &= all(isinstance(state["seconds"][label], float) for label in masks)
-        sound &= state["x_adv"].shape == x.shape and state["x_adv"].dtype == x.dtype
-    except (LookupError, TypeError, AttributeError):  # of another form
-        sound = False
-    if not sound:
-        raise ContractError(f"{args.state} is damaged: delete it, or name another file")
+    for key, value in settings.items():
+        before = state.get("settings", {}).get(key)
+        if before != value:
+            reason = f"{args.state} belongs to another evaluation ({key} was {before} there and is {value} now)"
+            raise ContractError(f"{reason}: delete it, or name another file")
+    masks = {label: mask.to(x.device) for label, mask in state["masks"].items()}
     return state | {"masks": masks, "x_adv": state["x_adv"].to(x.device)}
 
 
@@ -725,7 +703,7 @@ def evaluate(args):
         result |= {"seconds": sum(seconds[label] for label in accuracy), "dataset": data.name, "crc32": data.crc32}
         result |= {"seconds_per_attack": {label: seconds[label] for label in labels}}
         result |= {"search_precision": args.search_precision, **console.versions(args.device)}
-        result["training"] = args.training if args.run else None
+        result["training"] = args.training or None
         save(console.write_file, args.json, json.dumps(result, indent=1) + "\n")
     if args.save_adv:
         verdict = is_adversarial(model, x, x_adv, y, eps, args.batch_size)

@@ -16,7 +16,6 @@ import gc
 import io
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -91,7 +90,7 @@ def play(name, args, steps, flops=None):
         raise
     except Stop as stop:
         seconds, counted = (last - first for first, last in zip(notes[WARM_UP - 1], notes[-1]))
-        return (max(seconds, 1e-9) / steps, counted / steps), stop.args[0]  # a clock may stand still
+        return (seconds / steps, counted / steps), stop.args[0]
 
 
 def passes(name, args):
@@ -123,10 +122,6 @@ def peak_memory(name, args):
     return max(totals) - (totals[0] - events[0]["args"]["Bytes"])
 
 
-def quartiles(values):
-    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-
-
 def main():
     parser = console.Parser(
         prog="python -m paper.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -150,7 +145,7 @@ def main():
     args.device = str(common.find_device(args.device))
     if args.precision == "auto":
         args.precision = "bf16" if common.has_bf16(args.device) else "fp32"
-    facts = console.versions(args.device) | {"command": shlex.join(["python", "-m", "paper.bench", *sys.argv[1:]])}
+    facts = console.versions(args.device)
     network = f"WRN-{args.depth}-{args.width}, batch {args.batch_size}, {args.precision}"
     print(f"{network}, {facts['hardware']}, torch {facts['torch']}", flush=True)
 
@@ -163,7 +158,8 @@ def main():
     counts, rows = {name: passes(name, args) for name in args.only}, {}
     print("step of     passes counted measured spread      ms GFLOP/s peak MB")
     for name in args.only:
-        low, measured, high = quartiles([a / b for a, b in zip(seconds[name], seconds[base])])
+        ratios = [a / b for a, b in zip(seconds[name], seconds[base])]
+        low, measured, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         median, (count, forward) = statistics.median(seconds[name]), counts[name]
         row = {"passes": count, "counted": count / counts[base][0], "measured": measured}
         row |= {"spread": (high - low) / measured, "ms": 1e3 * median, "images_per_second": args.batch_size / median}

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 import common
 import console
 import paper.results
-from eval_attacks import load_model
-from paper.results import NUMBER, flags_of, look, order, read_json, read_results, read_run, robust_under, table, text_of
+from eval_attacks import RUN_FILES, load_model
+from paper.results import flags_of, look, order, read_json, read_results, read_run, robust_under, table, text_of
 from train_slat import slat
 from wrn import LAYERS
 
@@ -318,7 +318,7 @@ def told(args):
     rows = {label: row for row, label in enumerate(reversed(dict.fromkeys(labels)))}
     figure, axes = pyplot().subplots(1, 2, figsize=(8, 1.8 + 0.3 * len(rows)), sharey=True, layout="constrained")
     for run, label, config in zip(args.runs, labels, configs):
-        last = read_json(Path(run) / "metrics.jsonl", {"test_pgd10": NUMBER})[-1]
+        last = read_json(Path(run) / "metrics.jsonl", {"test_pgd10"})[-1]
         numbers[run] = {"label": label, "seed": config["seed"], "test_pgd10": last["test_pgd10"]}
         colour = look(config["method"])[1]
         axes[0].plot(last["test_pgd10"], rows[label], "o", color=colour, alpha=0.6, clip_on=False)
@@ -375,7 +375,7 @@ def over_epochs(args):
     numbers, rings, lengths = {}, False, {config["epochs"] for config in configs}
     end = 1 if len(lengths) > 1 else max(lengths)
     for run, config, (label, style) in zip(args.runs, configs, legends(args.runs, configs)):
-        rows = read_json(Path(run) / "metrics.jsonl", dict.fromkeys(["epoch", "train_pgd10", *keys], NUMBER))
+        rows = read_json(Path(run) / "metrics.jsonl", {"epoch", "train_pgd10", *keys})
         if not rows:
             console.fail(f"{run}/metrics.jsonl is empty: no epoch has ended")
         # Free-AT and YOPO take fewer epochs than the others; then, as a fraction of all.
@@ -522,8 +522,7 @@ def main():
     if len(named) < len(args.runs):
         console.note("what is named twice counts once")
     args.runs, files = list(named.values()), COMMANDS[args.command] in (over_flag, table)
-    of_run = ("config.json", "metrics.jsonl", "model.pt")
-    inputs = args.runs if files else [os.path.join(run, file) for run in args.runs for file in of_run]
+    inputs = args.runs if files else [os.path.join(run, file) for run in args.runs for file in RUN_FILES]
     if args.command != "table":
         check_name(args.out, [*inputs, *filter(None, [getattr(args, "dataset", None)])])
     elif args.out:

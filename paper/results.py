@@ -5,12 +5,9 @@ A run is a folder with config.json and metrics.jsonl, a result what `eval_attack
 
 import json
 import os
-import re
 import statistics
 from pathlib import Path
 from urllib.parse import quote
-
-import torch
 
 import console
 
@@ -67,56 +64,31 @@ CRC32 = 0x981C6F42  # of CIFAR-10's images and labels; younger runs note it of t
 NO_SETUP = {"dataset", "depth", "width", "epochs", "eps", "seed"} | set(
     "data_dir device precision deterministic monitor out resume overwrite".split()
 )
-# What is needed of the files of a run and of an evaluation, and its types, as `fits` reads them. NONE: may be missing.
-NUMBER, NONE = (int, float), type(None)
-CONFIG = dict(method=str, dataset=str, depth=int, width=int, epochs=int, eps=NUMBER, seed=int, not_default=[str])
-DATA = {"train": int, "test": int, "mean": [NUMBER], "std": [NUMBER], "crc32": (int, NONE)}
-CONFIG |= dict(data=(DATA, NONE), limit_train=(int, NONE))
-TRAINING = CONFIG | dict(hardware=str, seconds=(*NUMBER, NONE), last_epoch=({"epoch": int}, NONE))
-RESULT = dict(clean=NUMBER, attacks=dict, n=int, eps=NUMBER, command=str, training=dict, dataset=(str, NONE))
-RESULT |= dict(seed=(int, NONE), step_size=(*NUMBER, NONE))
+# What is needed of the files of a run and of an evaluation.
+CONFIG = {"method", "dataset", "depth", "width", "epochs", "eps", "seed", "not_default"}
+RESULT = {"clean", "attacks", "n", "eps", "command", "training"}
 
 
-def fits(value, kind):
-    """(int, str): one of these; [int]: a list of them; {"key": int}: a dict that has it."""
-    if isinstance(kind, tuple):
-        return any(fits(value, one) for one in kind)
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
-    if isinstance(kind, dict):
-        return isinstance(value, dict) and all(fits(value.get(key), kind[key]) for key in kind)
-    return type(value) is kind  # not isinstance: True is no number
+def check(path, content, keys):
+    """End with one line that names the file if content is not a dict with these keys."""
+    if missing := sorted(keys - (content.keys() if isinstance(content, dict) else set())):
+        console.fail(f"{path}: {missing[0]!r} is missing: it is damaged, or another version wrote it")
+    return content
 
 
-def check(path, content, types):
-    """End with one line that names the file if content is not a dict with these keys and types."""
-    for key, kind in types.items():
-        if not fits(content, {key: kind}):
-            console.fail(f"{path}: {key!r} is missing or of another type: it is damaged, or another version wrote it")
-
-
-def read_json(path, types=None):
-    """A JSON file, or the list of a .jsonl's lines; types: {key: type} that it, or every line, must have."""
+def read_json(path, keys=frozenset()):
+    """A JSON file, or the list of a .jsonl's lines; keys: those that it, or every line, must have."""
     try:
         content = console.load_json(path)
     except ValueError as error:
         console.fail(error)
     for item in content if Path(path).suffix == ".jsonl" else [content]:
-        check(path, item, types or {})
+        check(path, item, keys)
     return content
 
 
-def checked(path, config, types):
-    """The flags of a run that are in this file, with these types."""
-    check(path, config, types)
-    check(path, config, dict.fromkeys({*config["not_default"]} - NO_SETUP, (bool, *NUMBER, str, list)))
-    check(path, config, dict.fromkeys({"eta", "input_step", "dropout"} & config.keys(), NUMBER))
-    return config
-
-
 def read_run(run):
-    path = Path(run) / "config.json"
-    return checked(path, read_json(path), CONFIG | {"monitor": int})
+    return read_json(Path(run) / "config.json", CONFIG | {"monitor"})
 
 
 def data_of(config, name):
@@ -137,20 +109,14 @@ def data_of(config, name):
 
 
 def read_results(args):
-    """The results in the named files, copies left out, each with its path and what was trained and evaluated."""
-    results, contents = [], {}
+    """The results in the named files, each with its path and what was trained and evaluated."""
+    results = []
     for path in args.runs:
         result = read_json(path)
         if not isinstance(result, dict) or not isinstance(result.get("training"), dict):
             console.fail(f"{path} does not say how the network was trained: evaluate a run folder, not a bare model.pt")
-        content = json.dumps(result, sort_keys=True)
-        if content in contents:
-            console.note(f"{path} is a copy of {contents[content]}: it counts once")
-            continue
-        contents[content] = path
         check(path, result, RESULT)
-        check(path, result["attacks"], dict.fromkeys(result["attacks"], NUMBER))
-        config = checked(path, result["training"], TRAINING)
+        config = check(path, result["training"], CONFIG | {"hardware"})
         result["flags"] = flags_of(config) | ({"best epoch": True} if "best.pt" in result["command"] else {})
         if result["eps"] != config["eps"]:
             result["flags"]["trained with eps"] = config["eps"]
@@ -165,9 +131,8 @@ def read_results(args):
 
 
 def step_size(result):
-    """Of PGD, in multiples of eps; older results have it in their command only."""
-    found = re.search(r"--step-\w*[ =](\d*\.?\d+(e-?\d+)?)", result.get("command") or "")
-    return result.get("step_size") or (float(found[1]) if found else 0.25)
+    """Of PGD, in multiples of eps; older results do not have it, and took the default."""
+    return result.get("step_size") or 0.25
 
 
 def robust_under(result):
@@ -204,8 +169,8 @@ def trained(configs, ns):
 
 def mean_std(values):
     """Mean, and the standard deviation of a sample; None where there are too few values for it."""
-    values = torch.tensor([v for v in values if v is not None], dtype=torch.double)
-    return values.mean().item() if len(values) else None, values.std().item() if len(values) > 1 else None
+    values = [v for v in values if v is not None]
+    return statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None
 
 
 def look(method):
@@ -280,11 +245,12 @@ def setup_of(result):
 
 
 def per_epoch(result, key):
-    """What metrics.jsonl has under key, a list; [] if it is neither in runs/ next to the JSON nor where it was."""
-    path, out = Path(result["path"]), result["training"].get("out")
+    """This run's metrics under key; [] if its metrics.jsonl is neither in runs/ next to the JSON nor where it was."""
+    path, out, last = Path(result["path"]), *(result["training"].get(k) for k in ("out", "last_epoch"))
     folders = (path.parent / "runs" / path.stem.removesuffix("_best"), Path(out or path.stem))
     log = next((folder / "metrics.jsonl" for folder in folders if (folder / "metrics.jsonl").is_file()), None)
-    return [line[key] for line in read_json(log, {key: NUMBER})] if log else []
+    lines = read_json(log, {key}) if log else []
+    return [line[key] for line in lines] if last in (None, *lines[-1:]) else []  # the folder may hold another run now
 
 
 def collapse(result):

@@ -18,8 +18,9 @@ import torch
 
 import common
 import console
+import paper.slat_hidden
 import train_fgsm
-from conftest import ROOT, SMALL, TINY, run_main
+from conftest import ROOT, TINY
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and modes of POSIX")
 
@@ -114,9 +115,8 @@ def test_what_cannot_be_written_is_one_line_before_the_work(tmp_path, capsys, mo
 
 
 @pytest.mark.parametrize("flag", ["--out", "--dataset", "--data-dir", "--device"])
-def test_empty_values_and_two_dashes_are_one_line(refused, flag):
+def test_empty_values_are_one_line(refused, flag):
     refused(train_fgsm, f"{flag}=", f"argument {flag}: the value is empty")
-    refused(train_fgsm, f"{flag}=--", f"argument {flag}: '--' is no value")
 
 
 LETTERS = "import console\nconsole.launch(lambda: (print('± ü'), console.note('ü'), console.fail('ä')))"
@@ -139,10 +139,11 @@ def test_closed_streams_end_nothing(tmp_path):
     assert (tmp_path / "a").read_text() == "whole"
 
 
-def test_a_clock_that_stands_still(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("time.perf_counter", lambda: 1.0)
-    monkeypatch.setattr(console.StatusLine, "due", lambda self: True)
-    assert run_main(train_fgsm, f"{SMALL} --epochs 1 --out {tmp_path / 'run'}") == 0
+def test_the_command_of_a_module_can_be_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/paper/slat_hidden.py", "--eps", "8"])
+    for spec, program in ((None, "slat_hidden.py"), (paper.slat_hidden.__spec__, "-m paper.slat_hidden")):
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+        assert console.versions("cpu")["command"] == f"python {program} --eps 8"
 
 
 # ---------------------------------------------------------------- files that are read
@@ -205,7 +206,6 @@ STRANGERS = {
     "holds a Tensor, no dictionary": lambda path: torch.save(torch.ones(2), path),
     "a pointer of Git LFS: fetch": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid 1\n"),
     "a web page: download": lambda path: path.write_text("\n<!DOCTYPE html><html>Sign in</html>"),
-    "an HDF5 file: read": lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(50)),
     "is damaged, or was not written by torch.save": lambda path: path.write_bytes(b"\x80\x02hello"),
 }
 

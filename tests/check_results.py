@@ -164,7 +164,8 @@ def test_small_runs_collapse_as_the_course_says():
 def test_early_collapses_are_what_the_pages_say():
     """After the first epoch on the complete data; alignment after the second of the small runs tells what comes."""
     course = re.sub(r"\s+", " ", Path("docs/collapse.md").read_text())
-    results = re.sub(r"\s+", " ", Path("results/RESULTS.md").read_text()).partition("### Stopped early")[2]
+    whole = re.sub(r"\s+", " ", Path("results/RESULTS.md").read_text())
+    results = whole.partition("### Stopped early")[2]
     rows = re.findall(r"\| (\S+|SLAT, `--hidden (\w+)`) \| (\d+) \| (0\.[\d., ]+) \| ([\d, ]+) \|", results)
     assert len(rows) >= 8
     for name, hidden, eps, alignments, accuracies in rows:
@@ -173,6 +174,11 @@ def test_early_collapses_are_what_the_pages_say():
         found = metrics(f"cpu/runs/{run}", f"first/{run}")
         assert alignments == ", ".join(f"{run[0]['alignment']:.2f}" for run in found), name
         assert accuracies == ", ".join(f"{run[0]['test_pgd10']:.0f}" for run in found), name
+    runs = metrics("[cg]pu/runs/*")
+    sound = [[epoch["test_pgd10"] for epoch in run] for run in runs if run[0]["alignment"] > 0.86]
+    later = sum(pgd10[-1] < max(5, *(value / 3 for value in pgd10)) for pgd10 in sound)
+    counts = f"Of the {len(runs)} runs in `cpu/runs` and `gpu/runs` {len(sound)} have an alignment of 0.86 or more"
+    assert f"{counts} after it. Of these {later} end collapsed" in whole
     small = metrics("collapse/*")
     lost = [run[1]["alignment"] for run in small if run[-1]["test_pgd10"] < 10]
     kept = [run[1]["alignment"] for run in small if run[-1]["test_pgd10"] >= 10]

@@ -76,7 +76,7 @@ def lean(model, x):
     return 100 * (g[:, 1] / g.sum(1).clamp(min=1e-12)).mean().item()
 
 
-def draw(models, x, y, eps, rows):
+def picture(models, x, y, eps, rows):
     plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(10, 5.4), sharex=True, sharey=True, layout="constrained")
     side = [torch.linspace(-0.85, 0.85, 103), torch.linspace(-0.3, 0.3, 37)]
@@ -134,7 +134,7 @@ def main():
         found = [[m, s] for m, s in zip(values.mean(0).tolist(), values.std(0, correction=0).tolist())]
         rows[name] = dict(zip([*sizes, "lean"], found))
         print(f"{name:<14}" + "".join(f"{mean:>9.1f} ±{std:4.1f}" for mean, std in found), flush=True)
-    figure = draw(models, *sample(args.n, 0), args.eps, rows)
+    figure = picture(models, *sample(args.n, 0), args.eps, rows)
     flags = {key: value for key, value in vars(args).items() if key != "out"}
     write(args.out, figure, {"flags": flags, "torch": torch.__version__, "results": rows})
     print("the boundaries are those of seed 0, the numbers means over the seeds")

@@ -101,7 +101,7 @@ class Run:
         found = [name for name in RUN_FILES if (out / name).is_file()]
         if args.resume and found:
             try:
-                before = {} | load_json(out / "config.json")
+                before = {} | load_json(out / "config.json")  # a TypeError if that is no dictionary
             except (ValueError, TypeError):
                 fail(f"{out}/config.json is damaged or missing: --overwrite starts the run anew")
             for key in ("method", *config):

@@ -246,17 +246,24 @@ def setup_of(result):
 
 def per_epoch(result, key):
     """This run's metrics under key; [] if its metrics.jsonl is neither in runs/ next to the JSON nor where it was."""
-    path, out, last = Path(result["path"]), *(result["training"].get(k) for k in ("out", "last_epoch"))
-    folders = (path.parent / "runs" / path.stem.removesuffix("_best"), Path(out or path.stem))
+    path, training = Path(result["path"]), result["training"]
+    folders = (path.parent / "runs" / path.stem.removesuffix("_best"), Path(training.get("out") or path.stem))
     log = next((folder / "metrics.jsonl" for folder in folders if (folder / "metrics.jsonl").is_file()), None)
     lines = read_json(log, {key}) if log else []
-    return [line[key] for line in lines] if last in (None, *lines[-1:]) else []  # the folder may hold another run now
+    if training.get("last_epoch") not in (None, *lines[-1:]):  # the folder holds another run now
+        return []
+    return [line[key] for line in lines]
+
+
+def collapse_bound(epochs):
+    """The accuracy in per cent below which a run has collapsed; epochs: its PGD-10 accuracies."""
+    return max([5, *(pgd10 / 3 for pgd10 in epochs)])
 
 
 def collapse(result):
     """The epoch in which a run collapsed, "?" if its metrics.jsonl is not there, None if it did not collapse."""
     epochs = per_epoch(result, "test_pgd10")
-    bound = max([5, *(pgd10 / 3 for pgd10 in epochs)])
+    bound = collapse_bound(epochs)
     if robust_under(result)[0] >= bound:
         return None
     return max((i for i, pgd10 in enumerate(epochs, 1) if pgd10 >= bound), default=0) + 1 if epochs else "?"

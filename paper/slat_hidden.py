@@ -61,10 +61,11 @@ def slat_hidden(model, x, y, eps, layers, eta, input_step, latent_clamp=True, hi
 
 def epochs(text):
     """[first, last] of FIRST-LAST."""
-    numbers = [int(number) for number in text.split("-")] if re.fullmatch(r"[1-9]\d*-[1-9]\d*", text) else []
-    if numbers != sorted(numbers) or not numbers:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST-LAST, as 1-2")
-    return numbers
+    if re.fullmatch(r"[1-9]\d*-[1-9]\d*", text):
+        first, last = map(int, text.split("-"))
+        if first <= last:
+            return [first, last]
+    raise argparse.ArgumentTypeError(f"{text!r} is not FIRST-LAST, as 1-2")
 
 
 class PartlyDropped(Run):

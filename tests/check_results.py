@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import eval_attacks
 from conftest import SCRIPTS, parsed
 from paper import bench, figures, slat_hidden, sweep
-from paper.results import PAPER, collapse, mean_std
+from paper.results import PAPER, collapse, collapse_bound, mean_std
 
 DOCS = [Path("README.md"), Path("data/README.md"), Path("results/RESULTS.md"), *sorted(Path("docs").glob("*.md"))]
 PAGES = [*DOCS, Path("results/DIARY.md")]
@@ -176,7 +176,7 @@ def test_early_collapses_are_what_the_pages_say():
         assert accuracies == ", ".join(f"{run[0]['test_pgd10']:.0f}" for run in found), name
     runs = metrics("[cg]pu/runs/*")
     sound = [[epoch["test_pgd10"] for epoch in run] for run in runs if run[0]["alignment"] > 0.86]
-    later = sum(pgd10[-1] < max(5, *(value / 3 for value in pgd10)) for pgd10 in sound)
+    later = sum(pgd10[-1] < collapse_bound(pgd10) for pgd10 in sound)
     counts = f"Of the {len(runs)} runs in `cpu/runs` and `gpu/runs` {len(sound)} have an alignment of 0.86 or more"
     assert f"{counts} after it. Of these {later} end collapsed" in whole
     small = metrics("collapse/*")

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -20,12 +21,24 @@ import common
 import eval_attacks
 from conftest import SCRIPTS, SMALL, assert_same_run, parsed, rows, run_main
 from console import load_file
-from eval_attacks import load_model
+from eval_attacks import load_model, percent
 from wrn import WideResNet
 
 every_method = pytest.mark.parametrize("name", SCRIPTS)
 # Eight steps in which every flag can show: with this seed, ELLE-A's lambda jumps.
 FLAGS = "--epochs 2 --limit-train 64 --batch-size 16 --lr-max 0.002 --dropout 0.3 --monitor 2 --eps 16 --seed 6"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_monitor():
+    """The accuracies after an epoch, no method's own, cost as much as the training; test_runs has them."""
+
+    def clean_only(model, x, y, *_):
+        clean = percent(model(x).argmax(1) == y)
+        return {"clean": clean, "fgsm": clean, "pgd10": clean, "alignment": 1.0}
+
+    with mock.patch.object(bookkeeping, "monitor", clean_only):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +164,7 @@ TRAINING_FLAGS = f"eps 4,batch-size 8,lr-max 0.1,weight-decay 0,no-momentum-cycl
 
 @every_method
 def test_every_flag_of_a_script_reaches_the_training(cli, whole, monkeypatch, tmp_path, name):
-    """The weights change, or the mean loss: the lambda_2 term of N-AAER has no gradient. Without flags neither does."""
+    """The weights change, or the mean loss: the lambda_2 term of N-AAER has no gradient."""
     changes = list(flags_of(cli, monkeypatch, SCRIPTS[name]))
     changes += [f"--{flag}" for flag in TRAINING_FLAGS.split(",")] * (name == "fgsm")
 
@@ -160,14 +173,11 @@ def test_every_flag_of_a_script_reaches_the_training(cli, whole, monkeypatch, tm
         return load_file(run / "model.pt")["state_dict"] | {"losses": losses}
 
     default = result(whole(name)[0])
-    nothing = dict.fromkeys(("clean", "fgsm", "pgd10", "alignment"), 0.0)
-    monkeypatch.setattr(bookkeeping, "monitor", lambda *_: nothing)  # it takes half of the time
-    for i, flags in enumerate(["", *changes]):
+    for i, flags in enumerate(changes):
         code, _, err = cli(SCRIPTS[name], f"{SMALL} {FLAGS} {flags} --out {tmp_path / str(i)}")
         assert code == 0, err
         changed = result(tmp_path / str(i))
-        same = all(torch.equal(changed[key], default[key]) for key in default)
-        assert same != bool(flags), f"{flags or 'nothing'} changes {'nothing' if same else 'something'}"
+        assert not all(torch.equal(changed[key], default[key]) for key in default), f"{flags} changes nothing"
 
 
 @every_method
@@ -189,9 +199,6 @@ def test_killed_and_resumed_is_uninterrupted(cli, whole, tmp_path, monkeypatch, 
     code, out, _ = cli(SCRIPTS[name], f"{flags} --resume")
     assert code == 0 and "resumed  after epoch 1 of 2" in out
     assert_same_run(run, killed)
-    before = (killed / "model.pt").read_bytes()
-    assert cli(SCRIPTS[name], f"{flags} --resume")[0] == 0  # nothing left to do
-    assert (killed / "model.pt").read_bytes() == before
 
 
 @every_method

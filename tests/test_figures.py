@@ -438,7 +438,7 @@ def test_every_contestant_makes_more_steps_than_its_epochs_have(cli, tmp_path):
     """On images of any size; passes are counted."""
     x, y = np.zeros((4, 8, 8, 3), np.uint8), np.arange(4)
     np.savez(tmp_path / "small.npz", train_x=x, train_y=y, test_x=x, test_y=y)
-    flags = f"{BENCH} --steps 6 --batch-size 4 --no-memory --dataset {tmp_path / 'small.npz'}"
+    flags = f"{BENCH} --steps 2 --batch-size 4 --no-memory --dataset {tmp_path / 'small.npz'}"
     assert cli(bench, f"{flags} --json {tmp_path / 'bench.json'}")[::2] == (0, "")
     rows = json.loads((tmp_path / "bench.json").read_text())["result"]["steps"]
     assert rows.keys() == {"standard", *SCRIPTS} and rows["standard"]["measured"] == 1
@@ -652,13 +652,7 @@ def test_runs_of_one_name_are_both_drawn(cli, runs, tmp_path):
             shutil.copytree(run, tmp_path / folder / Path(run).name)
     paths = [f"{tmp_path}/{name}" for name in ("a/slat", "b/slat", "a/fgsm", "b/fgsm")]
     steps = "--n 4 --device cpu"
-    for command, key in (
-        ("curves", None),
-        ("alignment", None),
-        (f"grad-norm {steps}", "l1"),
-        (f"linearity --points 3 {steps}", "error"),
-        (f"landscape --points 3 {steps}", "loss"),
-    ):
+    for command, key in (("curves", None), (f"grad-norm {steps}", "l1")):
         assert cli(figures, f"{command} {' '.join(paths)} --out {tmp_path / 'x'}")[0] == 0
         numbers = written(tmp_path / "x")
         assert sorted(numbers[key] if key else numbers) == sorted(paths), command

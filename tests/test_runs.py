@@ -77,7 +77,7 @@ def forked(module, arguments, seconds=600):
 @pytest.mark.parametrize("module", [train_slat, eval_attacks])
 def test_random_kills(finished, tmp_path, module):
     """As if never killed, bit for bit, with no epoch missing or doubled. For more: KILLS=50 pytest -k random_kills."""
-    flags = f"{SMALL} --epochs 4 --out {{0}}"
+    flags = f"{SMALL} --epochs 4 --limit-train 64 --out {{0}}"
     if module is eval_attacks:
         flags = f"{finished} --attack fgsm,pgd,apgd-ce --steps 3 --restarts 1 --n 10 --eps 1"
         flags += " --state {0}/state --json {0}/json --save-adv {0}/npz"

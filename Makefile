@@ -1,6 +1,6 @@
 # make collapse: watch FGSM training collapse. make demo: two trained networks under attack, then SLAT live.
 # make test: lint and tests. make check-results: the numbers, links, commands and code of README and docs.
-# Both set up .venv on first use; PYTHON=python3.12 make demo takes another interpreter.
+# All set up .venv on first use; PYTHON=python3.12 make demo takes another interpreter.
 PYTHON ?= python3
 PY = .venv/bin/python
 # Threads that wait sleep: next to a busy process, spinning ones take many times as long. Costs 9 % on a quiet machine.
@@ -63,4 +63,4 @@ check-results: .venv/dev
 	@$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt && touch $@
 
 clean:
-	rm -rf .venv runs/demo
+	rm -rf .venv runs/demo runs/collapse

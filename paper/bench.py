@@ -94,12 +94,12 @@ def play(name, args, steps, flops=None):
 
 
 def passes(name, args):
-    """The operations of a step over those of a forward pass of the same batch, and the latter."""
+    """The operations of a step over those of a forward pass of the same batch."""
     with Flops() as flops:
         (_, step), run = play(name, args, args.steps, flops)
     with Flops() as forward, torch.no_grad():
         run.model(run.data.test(1)[0])
-    return step / (forward.total * args.batch_size), forward.total * args.batch_size
+    return step / (forward.total * args.batch_size)
 
 
 def peak_memory(name, args):
@@ -156,18 +156,17 @@ def main():
             seconds[name].append(took)
     base = "standard" if "standard" in args.only else args.only[0]
     counts, rows = {name: passes(name, args) for name in args.only}, {}
-    print("step of     passes counted measured spread      ms GFLOP/s peak MB")
+    print("step of     passes counted measured spread      ms peak MB")
     for name in args.only:
         ratios = [a / b for a, b in zip(seconds[name], seconds[base])]
         low, measured, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        median, (count, forward) = statistics.median(seconds[name]), counts[name]
-        row = {"passes": count, "counted": count / counts[base][0], "measured": measured}
+        median = statistics.median(seconds[name])
+        row = {"passes": counts[name], "counted": counts[name] / counts[base], "measured": measured}
         row |= {"spread": (high - low) / measured, "ms": 1e3 * median, "images_per_second": args.batch_size / median}
-        row |= {"flops_per_second": count * forward / median}
         rows[name] = row | {"peak_bytes": peak_memory(name, args) if args.memory else None}
         memory = f"{rows[name]['peak_bytes'] / 1e6:>8.0f}" if args.memory else ""
-        print(f"{name:<11}{count:>7.2f}{row['counted']:>8.2f}{measured:>9.2f}{row['spread']:>7.1%}", end="")
-        print(f"{row['ms']:>8.1f}{row['flops_per_second'] / 1e9:>8.1f}{memory}", flush=True)
+        print(f"{name:<11}{row['passes']:>7.2f}{row['counted']:>8.2f}{measured:>9.2f}{row['spread']:>7.1%}", end="")
+        print(f"{row['ms']:>8.1f}{memory}", flush=True)
     if args.json:
         result = {"rounds": args.rounds, "base": base, "steps": rows}
         flags = {key: value for key, value in vars(args).items() if key != "json"}

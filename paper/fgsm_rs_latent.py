@@ -7,6 +7,8 @@ arXiv:2104.01575): the gradients of the hidden layers are those at x, the input'
 step takes one gradient more than SLAT's: 7 passes. Loop and flags are those of train_slat.py.
 """
 
+from unittest import mock
+
 import train_slat
 from console import launch
 from train_fgsm_rs import fgsm_rs
@@ -21,11 +23,8 @@ def fgsm_rs_latent(model, x, y, eps, layers, eta, input_step, latent_clamp=True)
 
 
 def main():
-    train_slat.slat = fgsm_rs_latent
-    try:
+    with mock.patch.object(train_slat, "slat", fgsm_rs_latent):
         train_slat.main()
-    finally:
-        train_slat.slat = slat
 
 
 if __name__ == "__main__":

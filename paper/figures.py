@@ -499,8 +499,8 @@ def main():
         add = commands.add_parser(command, description=function.__doc__).add_argument
         files = "JSON files" if function in (over_flag, table) else "run folders"
         add("runs", nargs="+", type=console.given, help=files)
-        name = None if function is table else command
-        add("--out", type=console.given, default=name, metavar="NAME", help="default: the command's name")
+        name, text = (None, "default: only print") if function is table else (command, "default: the command's name")
+        add("--out", type=console.given, default=name, metavar="NAME", help=text)
         if function in (step, landscape, grad_norm, linearity, told):
             add("--n", type=number(int, 1), default=100, help="the first N test images (default 100)")
             dataset = "cifar10, cifar100 or an .npz (default: what the run was trained on)"

@@ -54,12 +54,12 @@ PAPER = {
     ("cifar100", "fgsm_ckpt", ""): (73.53, 0.66, 0.09),
     ("cifar100", "slat", ""): (59.56, 26.26, 23.02),
 }
-# Mean and deviation of the 50,000 training images, by which an .npz is known; CIFAR-100's are from literature.
+# Mean and deviation of the 50,000 training images, by which an .npz is known; CIFAR-100's are from the literature.
 CIFAR = {
     "cifar10": (0.4914, 0.4822, 0.4465, 0.2470, 0.2435, 0.2616),
     "cifar100": (0.5071, 0.4865, 0.4409, 0.2673, 0.2564, 0.2762),
 }
-CRC32 = 0x981C6F42  # of CIFAR-10's images and labels; younger runs note it of theirs
+CRC32 = 0x981C6F42  # of CIFAR-10's images and labels; newer runs record theirs
 # Flags that do not make a set-up of their own: a table has a column for them, or training does not depend on them.
 NO_SETUP = {"dataset", "depth", "width", "epochs", "eps", "seed"} | set(
     "data_dir device precision deterministic monitor out resume overwrite".split()
@@ -142,7 +142,7 @@ def robust_under(result):
 
 
 def attacked_by(result):
-    """What an evaluation did otherwise than usual, as text: budget and step of PGD, seed of the attacks."""
+    """How an evaluation differs from the default, as text: budget and step of PGD, seed of the attacks."""
     budgets = [name.upper() for name in result["attacks"] if name.startswith("pgd-")]
     texts = [name for name in budgets if name != "PGD-50-10"]
     if budgets and step_size(result) != 0.25:
@@ -175,8 +175,8 @@ def mean_std(values):
 
 def look(method):
     """(name, colour, marker) of a method."""
-    spare = ("#117733", "#aa4499", "#661100", "#44aa99")
-    return METHODS.get(method, (method.upper().replace("_", "-"), spare[sum(map(ord, method)) % 4], "d"))
+    spare = ("#cc6677", "#aa4499", "#ddcc77", "#88ccee")
+    return METHODS.get(method, (method.upper().replace("_", "-"), spare[sum(map(ord, method)) % 4], "1"))
 
 
 def order(method):

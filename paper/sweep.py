@@ -7,7 +7,7 @@
     python -m paper.figures table results/*.json                                      what came out
 
 The lines say what is left to do: a run is left out if its result has these attacks, on as many images, searched in this
-precision; a trained network is only evaluated. A line that was killed goes on when it is run again; so after a crash,
+precision; a trained network is only evaluated. A killed line resumes when it is run again; so after a crash,
 run the same lines, or print what is left.
 """
 
@@ -55,7 +55,7 @@ SWEEPS = {
         for eps in (8, 16)
         for method, flags in (("slat", {}), *[("slat_hidden", {"hidden": way}) for way in ("predicted", "noise")])
     ],
-    "untold": [  # what the paper does not mention: dropout, input step, clamp, momentum
+    "unstated": [  # what the paper does not mention: dropout, input step, clamp, momentum
         ("slat", {}),
         ("slat", {"dropout": 0}),
         ("slat", {"input-step": 1.0}),

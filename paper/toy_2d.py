@@ -42,7 +42,7 @@ def sample(n, seed):
     return x, y.float()
 
 
-def train(x, y, eps, eta, hidden=100, steps=1000, lr=0.1, seed=0):
+def train(x, y, eps, eta, hidden, steps, lr, seed):
     """A network trained with SLAT on all of x, y at every step; with eta 0 that is FGSM, with eps 0 too standard."""
     torch.manual_seed(seed)
     model = Net(hidden)

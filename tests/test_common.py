@@ -63,22 +63,6 @@ def test_an_epoch_shows_every_image_once_and_depends_on_seed_and_epoch_alone(tin
     assert sum(len(y) for _, y in tiny.batches(0, 128, 0)) == 1920  # the last partial batch is dropped
 
 
-def test_offsets_and_flips_are_uniform(tmp_path):
-    """From the images themselves: how many rows of padding show, and how many images are mirrored."""
-    images = np.full((9000, 8, 8, 3), 255, np.uint8)
-    images[:, :, 0] = 128  # the leftmost column
-    labels = np.zeros(9000, np.uint8)
-    np.savez(tmp_path / "white.npz", train_x=images, train_y=labels, test_x=images, test_y=labels)
-    data = common.Data(tmp_path / "white.npz", None, "cpu")
-    x = torch.cat([x for x, _ in data.batches(0, 900, 0)])[:, 0]
-    top_padding = (x == 0).all(2).int().cumprod(1).sum(1)
-    for rows in range(1, 5):
-        assert abs((top_padding == rows).double().mean() - 1 / 9) < 0.01
-    grey = (x == 128 / 255).any(1)
-    position = grey[grey.any(1)].int().argmax(1)
-    assert abs((position >= 4).double().mean() - 0.5) < 0.03
-
-
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_torchvisions_data_sets_are_read_as_the_npz_is(tiny, monkeypatch, name):
     class Downloaded:

@@ -1,6 +1,5 @@
 """What is written and read: links, pipes, full disks, damaged and foreign files; consoles that lack letters."""
 
-import contextlib
 import io
 import os
 import re
@@ -21,7 +20,7 @@ import common
 import console
 import paper.slat_hidden
 import train_fgsm
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, parsed
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and modes of POSIX")
 
@@ -204,7 +203,6 @@ STRANGERS = {
     "a TorchScript archive: load it": lambda path: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(path)),
     "a file of numpy: write tensors": numpys,
     "holds a list, no dictionary: torch.save": lambda path: torch.save([torch.ones(2)], path),
-    "holds a Tensor, no dictionary": lambda path: torch.save(torch.ones(2), path),
     "a pointer of Git LFS: fetch": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid 1\n"),
     "a web page: download": lambda path: path.write_text("\n<!DOCTYPE html><html>Sign in</html>"),
     "is damaged, or was not written by torch.save": lambda path: path.write_bytes(b"\x80\x02hello"),
@@ -221,10 +219,10 @@ def test_strangers_files_are_named_as_what_they_are(tmp_path, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[" * 200_000, '"\ud800', b"\xff"])
+@pytest.mark.parametrize("content", ["", "[" * 200_000, b"\xff"])
 def test_damaged_json_is_one_line(tmp_path, content):
     path = tmp_path / "a.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogatepass"))
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match="^.*a.json is missing or damaged$"):
         console.load_json(path)
 
@@ -256,20 +254,12 @@ def test_data_sorted_by_class_is_said(tmp_path, capsys):
     flags = f"--dataset {tmp_path}/sorted.npz --depth 10 --width 1 --epochs 1 --device cpu --out {tmp_path}/run"
     for more, message in (
         ("--monitor 100 --limit-train 300", "note: --limit-train 300: the first 300 training images show 2 of 10"),
-        ("--monitor 60", "note: --monitor 60: the first 60 training images show 1 of 10 classes, and best.pt"),
         ("--monitor 300", "note: --monitor 300: the first 300 training images show 2 of 10 classes, and best.pt"),
     ):  # fmt: skip
-        with contextlib.suppress(SystemExit):
-            common.load_data(parsed_of(f"{flags} {more}"))
+        common.load_data(parsed(train_fgsm, f"{flags} {more}"))
         assert capsys.readouterr().err.count(message) == 1
-    common.load_data(parsed_of(flags))  # 1000 of 2000
+    common.load_data(parsed(train_fgsm, flags))  # 1000 of 2000
     assert "show 5 of 10 classes, and best.pt" in capsys.readouterr().err
-
-
-def parsed_of(flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train_fgsm.py", *flags.split()])
-        return train_fgsm.parse_args()
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="asks git")

@@ -200,11 +200,9 @@ NETWORKS = {
     "a dict": (Net(lambda f, x: {"logits": f(x)}), r"must return float logits \(6, classes\), not dict"),
     "squeezed": (Net(lambda f, x: f(x).squeeze(0)), r"float logits \(1, classes\), not torch.float64 \(3,\)"),
     "one logit": (Net(lambda f, x: f(x)[:, :1]), r"float logits \(6, classes\), not torch.float64 \(6, 1\)"),
-    "classes": (Net(lambda f, x: f(x).argmax(1)), r"float logits \(6, classes\), not torch.int64 \(6,\)"),
     "integers": (Net(lambda f, x: f(x).long()), r"float logits \(6, classes\), not torch.int64 \(6, 3\)"),
     "half the batch": (Net(lambda f, x: f(x)[::2]), r"float logits \(6, classes\), not torch.float64 \(3, 3\)"),
     "depends on the batch": (Net(lambda f, x: f(x - x.mean(0))), "depend on its batch"),
-    "no statistics": (Net(lambda f, x: f(F.batch_norm(x, None, None, training=True))), "depend on its batch"),
     "noise of a fixed seed": (Net(lambda f, x: f(x + noise(x, torch.arange(len(x)), 0, 0, 3, 2, 2))), "on its batch"),
     "randomised": (Net(lambda f, x: F.dropout(f(x))), "the network is randomised: two equal passes differ"),
     "not finite": (Net(lambda f, x: f(x) / (x.amax((1, 2, 3)) < 0.9)[:, None]), "the logits are not finite at"),
@@ -212,18 +210,17 @@ NETWORKS = {
 # What must not blind the checks: a large offset, a masked class.
 VEILS = {
     "offset": lambda logits: logits - 1000,
+    "the batch's offset": lambda logits: logits + logits[:1].mean(),
     "-1e9": lambda logits: F.pad(logits, (0, 1), value=-1e9),
     "-inf": lambda logits: F.pad(logits, (1, 0), value=-math.inf).roll(-1, 1),
     "two of five": lambda logits: F.pad(logits, (0, 2), value=-1e9),
 }
 SHAKY = {
     "dropout": (lambda f, x: f(F.dropout(x, 0.3)), "the network is randomised"),
-    "batch": (lambda f, x: f(x) + x[:1].mean(), None),  # moves no difference
     "batch statistics": (lambda f, x: f(x - x.mean(0)), "an image's logits depend on its batch"),
 }
 for (veil, hide), (name, (twist, message)) in itertools.product(VEILS.items(), SHAKY.items()):
-    if message:
-        NETWORKS[f"{name} behind {veil}"] = Net(lambda f, x, hide=hide, twist=twist: hide(twist(f, x))), message
+    NETWORKS[f"{name} behind {veil}"] = Net(lambda f, x, hide=hide, twist=twist: hide(twist(f, x))), message
 BROKEN = {name: (Linear(3), *rest) for name, rest in CALLS.items()}
 # Three images: with their opposites, six in the first pass.
 BROKEN |= {name: (model, X[:3], Y[:3], EPS, message) for name, (model, message) in NETWORKS.items()}
@@ -241,15 +238,11 @@ def test_what_breaks_the_contract_is_one_line(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-OPTIONS = {"restarts": (pgd, 0), "steps": (fab, 0), "targets": (fab, 0), "queries": (square, 0)}
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_an_attack_of_nothing_is_refused(option):
+@pytest.mark.parametrize(("attack", "option"), [(pgd, "restarts"), (fab, "targets"), (square, "queries")])
+def test_an_attack_of_nothing_is_refused(attack, option):
     """Elsewhere no restart may mean one run; here it would be no attack."""
-    attack, value = OPTIONS[option]
     with pytest.raises(ContractError, match="restarts, targets, steps and queries must be at least 1"):
-        attack(Linear(3), X, Y, EPS, **{option: value})
+        attack(Linear(3), X, Y, EPS, **{option: 0})
 
 
 def test_a_loss_that_there_is_not_is_an_error():
@@ -277,15 +270,14 @@ def test_an_offset_or_a_masked_class_changes_nothing(name, veil):
     assert torch.equal(found, plain)
 
 
-@pytest.mark.parametrize("chance", [0.5, 0.25])
-def test_randomness_that_is_rare_is_refused_in_the_end(trained, chance):
+def test_randomness_that_is_rare_is_refused_in_the_end(trained):
     """A network that flips images, or resizes them, now and then passes a few passes by luck."""
     model, x, y = trained
-    dice, refused = random.Random(3), 0  # at 0.25, one run in about 70 has the luck to get through
+    dice, refused = random.Random(3), 0  # one run in about 70 has the luck to get through
     for _ in range(10):
 
         def flips(images):
-            return model(images.flip(3) if dice.random() < chance else images)
+            return model(images.flip(3) if dice.random() < 0.25 else images)
 
         try:
             pgd(flips, x, y, EPS, steps=5, restarts=1)
@@ -364,22 +356,15 @@ def test_the_whole_file_can_be_copied_alone(tmp_path):
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, text=True).stdout == "pgd\n"
 
 
-CONVOLUTION = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3))
-SCRIPTS = {
-    "scripted": lambda net, x: torch.jit.script(net),
-    "traced": lambda net, x: torch.jit.trace(net, x[:3]),
-    "frozen": lambda net, x: torch.jit.freeze(torch.jit.script(net)),
-}
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_torchscript(name):
+def test_a_frozen_torchscript_module():
+    """Which has no `training`."""
     torch.manual_seed(0)
-    net, x = CONVOLUTION.eval(), torch.rand(12, 3, 8, 8)
-    y, script = predict(net, x), SCRIPTS[name](net, x)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3)).eval()
+    x = torch.rand(12, 3, 8, 8)
+    y, frozen = predict(net, x), torch.jit.freeze(torch.jit.script(net))
     for attack in (functools.partial(pgd, steps=5), functools.partial(square, queries=20)):
-        assert torch.equal(attack(script, x, y, EPS)[0], attack(net, x, y, EPS)[0])
+        assert torch.equal(attack(frozen, x, y, EPS)[0], attack(net, x, y, EPS)[0])
 
 
 def stuck(linear, x):
@@ -564,14 +549,6 @@ def test_square_breaking_more_than_chance_is_said(cli, run, tmp_path, monkeypatc
     assert ("warning: Square" in out) == (more == 3)
 
 
-def test_step_size_is_in_multiples_of_eps_and_a_small_eps_is_noticed(cli, run, tiny, tmp_path):
-    once = f"{run} --n 40 --attack pgd --steps 1 --restarts 1"
-    found, _, err = result(cli, f"{once} --eps 0.9 --step-size 0.5", tmp_path / "r.json")
-    assert err == "note: --eps 0.9 is in units of 1/255\n"
-    robust, _ = pgd(load_model(run), *tiny.test(40), 0.9 / 255, 1, 1, step_size=0.45 / 255)
-    assert found["attacks"]["pgd-1-1"] == eval_attacks.percent(robust)
-
-
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_result(cli, run, tmp_path, short, monkeypatch):
     """Killed after every attack; each is saved once."""
     flags = f"{run} --attack autoattack,pgd --steps 3 --restarts 1 --n 40 --eps 8"
@@ -644,30 +621,20 @@ def test_a_write_that_fails_after_the_attack_loses_no_number(cli, run, tmp_path,
     assert err.endswith(f"eval_attacks.py: error: cannot write {names[flag]}: No space left on device\n")
 
 
-def test_outputs_are_not_inputs(cli, run, net, tmp_path):
+def test_outputs_are_not_inputs(refused, run, net, tmp_path):
     for flags in (f"{run} --json {run}/metrics.jsonl", f"{run}/best.pt --state {run}/model.pt",
                   f"{run} --json {tmp_path}/a --save-adv {tmp_path}/a", f"{net} --save-adv {tmp_path}/net.py",
                   f"{run} --dataset {tmp_path}/net.py --json {tmp_path}/net.py"):  # fmt: skip
-        code, _, err = cli(eval_attacks, flags)
-        assert code == 2 and err.count("\n") == 1 and "too: name another file" in err, err
+        refused(eval_attacks, flags, "too: name another file")
 
 
-def test_a_damaged_config_is_one_line_and_a_damaged_log_a_note(cli, run, tmp_path):
+def test_a_damaged_config_is_one_line_and_a_damaged_log_a_note(cli, refused, run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     flags, config = f"{folder} --steps 1 --restarts 1 --n 20", (folder / "config.json").read_text()
     whole, _, _ = result(cli, flags, tmp_path / "r.json")
-    for content in (
-        "",
-        "{}",
-        "[1]",
-        "[" * 200_000,
-        '{"eps": "8", "dataset": "x"}',
-        '{"eps": 8}',
-        '{"eps": -1, "dataset": ""}',
-    ):
+    for content in ("", "[1]", '{"eps": 8}', '{"eps": "8", "dataset": "x"}', '{"eps": -1, "dataset": ""}'):
         (folder / "config.json").write_text(content)
-        code, _, err = cli(eval_attacks, flags)
-        assert code == 2 and err.count("\n") == 1 and "config.json is damaged, or not that of a run" in err, err
+        refused(eval_attacks, flags, "config.json is damaged, or not that of a run")
     (folder / "config.json").write_text(config)
     for content in ("{", "[1]", '{"epoch": 1}', "\n".join(["[" * 99_999] * 2)):
         (folder / "metrics.jsonl").write_text(content)
@@ -676,9 +643,10 @@ def test_a_damaged_config_is_one_line_and_a_damaged_log_a_note(cli, run, tmp_pat
         assert found["attacks"] == whole["attacks"] and found["training"]["seconds"] is None
 
 
-def test_images_of_some_classes_only_are_said(cli, run, tmp_path):
-    found, _, err = result(cli, f"{run} --steps 1 --restarts 1 --n 20", tmp_path / "r.json")
-    assert err == "note: the first 20 test images show 8 of 10 classes\n" and found["warnings"][0] in err
+def test_images_of_some_classes_only_and_a_small_eps_are_said(cli, run, tmp_path):
+    found, _, err = result(cli, f"{run} --steps 1 --restarts 1 --n 20 --eps 0.9", tmp_path / "r.json")
+    classes = "note: the first 20 test images show 8 of 10 classes\n"
+    assert err == "note: --eps 0.9 is in units of 1/255\n" + classes and found["warnings"][0] in err
 
 
 NETWORK = """
@@ -763,42 +731,24 @@ def test_a_state_is_not_that_of_an_edited_network(cli, net, tmp_path):
         ({"args": argparse.Namespace(lr=1)}, "holds argparse.Namespace, code that is not run: save the weights by"),
         ({"acc": np.float64(3)}, "multiarray.scalar, code that is not run: save the weights by themselves"),
         (nn.Linear(2, 2), "holds torch.nn.modules.linear.Linear, code that is not run: save the weights"),
-        ([1, 2], "w.pt holds a list, no dictionary: torch.save.model.state_dict"),
-        ({}, "does not fit the network: Error.s. in loading state_dict .* Missing"),
-        ({"1.weight": torch.zeros(12, 5)}, 'does not fit the network: Error.s. in loading state_dict .* "1.bias"'),
+        ({"1.weight": torch.zeros(12, 5)}, "w.pt does not fit the network: Error(s) in loading state_dict"),
     ],
 )
-def test_weights_that_do_not_fit(cli, net, tmp_path, content, message):
+def test_weights_that_do_not_fit(refused, net, tmp_path, content, message):
     torch.save(content, tmp_path / "w.pt")
-    code, _, err = cli(eval_attacks, f"{net} --weights {tmp_path / 'w.pt'}")
-    assert code == 2 and re.search(message, err) and err.count("\n") == 1, err
+    refused(eval_attacks, f"{net} --weights {tmp_path / 'w.pt'}", message)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_traced_network_with_its_batch_size_in_its_code(cli, net):
-    code, out, err = cli(eval_attacks, net.replace("make_model", "fixed"))
-    assert code == 2 and not out and "the TorchScript network fails on a batch: " in err and "shape" in err
-    assert err.count("\n") == 1
+def test_a_traced_network_with_its_batch_size_in_its_code(refused, net):
+    refused(eval_attacks, net.replace("make_model", "fixed"), "the TorchScript network fails on a batch: ", "shape")
 
 
 @pytest.mark.parametrize("name", ["function", "viewing", "script", "frozen", "module"])
 def test_other_kinds_of_networks(cli, net, tmp_path, name):
     found, _, err = result(cli, net.replace("make_model", name), tmp_path / "r.json")
-    assert not err.replace("note: the first 30 test images show 9 of 10 classes\n", "")
+    assert not err
     assert 0 <= found["robust"] <= found["clean"] <= 100
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("nothing", "nothing returns NoneType, no network: is its return missing?"),
-        ("function --weights {}", "the network is method, which loads its weights itself"),
-    ],
-)
-def test_what_is_no_network_is_one_line(cli, net, tmp_path, name, message):
-    torch.save({}, tmp_path / "w.pt")
-    code, _, err = cli(eval_attacks, net.replace("make_model", name.format(tmp_path / "w.pt")))
-    assert code == 2 and err.count("\n") == 1 and message in err, err
 
 
 def test_a_state_knows_weights_that_are_nowhere_to_be_seen(cli, net, tmp_path):
@@ -819,13 +769,6 @@ def test_errors_in_the_users_code_keep_their_traceback(cli, net):
     assert error.value.__cause__.filename == "/no/such/file"
 
 
-def test_an_npz_of_test_images_is_enough(cli, run, tmp_path):
-    with np.load(TINY) as tiny:
-        np.savez(tmp_path / "test.npz", test_x=tiny["test_x"][:20], test_y=tiny["test_y"][:20] % 3)
-    found = result(cli, f"{run} --dataset {tmp_path}/test.npz --steps 1 --restarts 1", tmp_path / "r.json")[0]
-    assert found["n"] == 20  # and more classes in the network than in the data are no error
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -837,28 +780,25 @@ def test_an_npz_of_test_images_is_enough(cli, run, tmp_path):
         ("{run} --device tpu", "no device 'tpu'"),
         ("{run} --dataset nothing.npz", "nothing.npz"),
         ("{run} --json no/such/folder.json", "no/such"),
-        ("{run} --json {run}", "it is a folder"),
         ("{run} --save-adv {run}", "it is a folder"),
         ("{run} --state no/such/state.pt", "no/such"),
         ("{run}/config.json", "config.json is damaged"),
         ("", "run"),
         ("--model x.py:f --dataset x", "there is no file 'x.py'"),
-        ("--model make_model --dataset x", "it wants FILE:FUNCTION, my_net.py:make_model"),
-        ("{net}", "give --dataset"),
+        ("--model {py}:make_model", "give --dataset"),
         ("runs/x --model x.py:f", "not allowed with argument"),
         ("runs/x --weights w.pt", "--weights needs --model"),
-        ("{net} --weights=", "argument --weights: the value is empty"),
+        ("--model {py}:make_model --weights=", "argument --weights: the value is empty"),
         ("{run} --dataset=", "argument --dataset: the value is empty"),
         ("--model= --dataset x", "argument --model: the value is empty"),
         ("{run} --json=", "argument --json: the value is empty"),
-        ("{net}_none", "there is no 'make_model_none' in"),
+        ("--model {py}:none --dataset x", "there is no 'none' in"),
+        ("--model {py}:nothing --dataset x", "nothing returns NoneType, no network: is its return missing?"),
+        ("--model {py}:function --weights {run}/model.pt --dataset x", "is method, which loads its weights itself"),
     ],
 )
-def test_errors_are_one_line(cli, run, net, flags, message):
-    head, tail = net.split(" --dataset")
-    flags = flags.replace("{net}_none", f"{head}_none --dataset{tail}")
-    code, _, err = cli(eval_attacks, flags.format(run=run, net=head))
-    assert code == 2 and err.count("\n") == 1 and message in err, err
+def test_errors_are_one_line(refused, run, net, tmp_path, flags, message):
+    refused(eval_attacks, flags.format(run=run, py=tmp_path / "net.py"), message)
 
 
 def test_a_closed_pipe_loses_no_json(run, tmp_path):

@@ -52,26 +52,6 @@ def falls_fourfold(remainder, scale):
     return all(3.6 < a / b < 4.4 for a, b in zip(values, values[1:]))
 
 
-def test_proposition_1_the_remainder_is_of_second_order(smooth):
-    """h_{L-1} moves by sum_k J_k delta_k, up to a remainder that falls fourfold when all delta_k are halved."""
-    model, x, y = smooth
-    _, unit = train_slat.slat(model, x, y, 1, ALL, 1, 1, latent_clamp=False)
-    _, h = model(x, return_features=True)
-    unit["0"] = torch.autograd.grad(loss_of(model, x.requires_grad_(), y), x)[0].sign()
-    x = x.detach()
-
-    def last(delta):
-        return model(x, delta=delta, return_features=True)[1]["conv2"]
-
-    def remainder(scale):
-        delta, linear = {name: scale * unit[name] for name in ALL}, 0
-        for name, d in delta.items():  # J_k delta_k, one layer at a time
-            linear += torch.autograd.functional.jvp(lambda v, k=name: last({k: v}), torch.zeros_like(d), d)[1]
-        return (last(delta) - h["conv2"] - linear).norm().item()
-
-    assert falls_fourfold(remainder, 0.02)
-
-
 def test_equation_5_the_loss_rises_by_the_l1_norms_of_the_gradients(smooth):
     model, x, y = smooth
     logits, h = model(x.requires_grad_(), return_features=True)
@@ -284,10 +264,7 @@ def test_docs_torchvision_resnet_can_be_trained_with_slat(tiny):
     assert all(p.grad.any() for p in names["model"].parameters())
 
 
-@pytest.mark.parametrize(
-    ("network", "layers"),
-    [("resnet18", ["bn1", "layer1.0.bn1"]), ("mobilenet_v2", ["features.0.1"]), ("vgg11", ["features.0"])],
-)
+@pytest.mark.parametrize(("network", "layers"), [("resnet18", ["bn1", "layer1.0.bn1"]), ("vgg11", ["features.0"])])
 def test_docs_hooks_do_not_mind_a_relu_that_works_in_place(tiny, network, layers):
     names = {}
     exec(pasting_code("class Hooked"), names)

@@ -505,11 +505,3 @@ def test_nuat_is_clean_training_with_the_norm_of_what_its_attack_changes(boxed, 
     expected = F.cross_entropy(clean, y) + weight * norm(clean, model(x_adv)) / len(x)
     torch.testing.assert_close(logits, clean)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_zero_grad_with_q_0_is_fgsm_rs_and_n_aaer_without_penalty_n_fgsm_bit_for_bit(boxed):
-    model, x, y = boxed
-    found = seeded(SCRIPTS["zero_grad"].zero_grad, model, x, y, 0.1, 0.2, 0.0)
-    assert torch.equal(found, seeded(SCRIPTS["fgsm_rs"].fgsm_rs, model, x, y, 0.1, 0.2))
-    loss, _ = seeded(train_n_aaer.n_aaer, model, x, y, 0.1, 0.2, 1, 0, 0)
-    assert torch.equal(loss, F.cross_entropy(model(seeded(SCRIPTS["n_fgsm"].n_fgsm, model, x, y, 0.1, 0.2)), y))

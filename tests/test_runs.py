@@ -1,6 +1,5 @@
 """What a run does besides training: files, resumption, and what each mistake and each damaged or hostile file says."""
 
-import argparse
 import io
 import json
 import os
@@ -25,7 +24,6 @@ import torchvision
 import bookkeeping
 import common
 import console
-import eval_attacks
 import train_fgsm
 import train_slat
 from conftest import SCRIPTS, SMALL, assert_same, assert_same_run, parsed, rows, run_main
@@ -74,31 +72,20 @@ def forked(module, arguments, seconds=600):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
-@pytest.mark.parametrize("module", [train_slat, eval_attacks])
-def test_random_kills(finished, tmp_path, module):
+def test_random_kills(tmp_path):
     """As if never killed, bit for bit, with no epoch missing or doubled. For more: KILLS=50 pytest -k random_kills."""
     flags = f"{SMALL} --epochs 4 --limit-train 64 --out {{0}}"
-    if module is eval_attacks:
-        flags = f"{finished} --attack fgsm,pgd,apgd-ce --steps 3 --restarts 1 --n 10 --eps 1"
-        flags += " --state {0}/state --json {0}/json --save-adv {0}/npz"
     dice, kills, seed = random.Random(0), 0, 0
     while kills < int(os.environ.get("KILLS", "2")):
         whole, killed, seed, start = tmp_path / f"{seed}", tmp_path / f"killed{seed}", seed + 1, time.monotonic()
-        whole.mkdir()
-        killed.mkdir()
-        assert forked(module, f"{flags.format(whole)} --seed {seed}")
+        assert forked(train_slat, f"{flags.format(whole)} --seed {seed}")
         longest, resume = 0.7 * (time.monotonic() - start), ""
-        while not forked(module, f"{flags.format(killed)} --seed {seed} {resume}", dice.uniform(0.02, longest)):
+        while not forked(train_slat, f"{flags.format(killed)} --seed {seed} {resume}", dice.uniform(0.02, longest)):
             kills, longest = kills + 1, longest * 1.05  # a machine that has become slow gets on
             resume = "--resume" * (killed / "config.json").exists()
         assert not list(killed.glob("*.new")), "a half-written file is left"
-        if module is eval_attacks:
-            assert (whole / "npz").read_bytes() == (killed / "npz").read_bytes()
-            found = [json.loads((folder / "json").read_text())["attacks"] for folder in (whole, killed)]
-            assert found[0] == found[1]
-        else:
-            assert_same_run(whole, killed)
-            assert [row["epoch"] for row in rows(killed)] == [1, 2, 3, 4]
+        assert_same_run(whole, killed)
+        assert [row["epoch"] for row in rows(killed)] == [1, 2, 3, 4]
 
 
 def test_deterministic_algorithms_are_asked_for(cli, tmp_path, monkeypatch):
@@ -219,18 +206,11 @@ def test_an_epoch_with_weights_or_losses_that_are_not_finite_is_not_saved(refuse
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [("fgsm", "--eps 256", "256 is out of range"), ("fgsm", "--eps eight", "invalid number value: 'eight'"),
-     ("fgsm", "--eps", "expected one argument"), ("fgsm", "--depth 12", "choose from 10, 16, 22"),
      ("fgsm", "--epochs 1.5", "invalid whole number value: '1.5'"), ("fgsm", "--batch-size 5000", "lower --batch-size"),
      ("fgsm", "--lr-max inf", "--lr-max"), ("fgsm", "--dropout 1", "out of range: 0 to 0.99"),
-     ("fgsm", "--seed -1", "--seed"),
-     ("fgsm", "--device cuda:77", "no device 'cuda:77'"), ("fgsm", "--device tpu", "no device 'tpu'"),
+     ("fgsm", "--depth 12", "choose from 10, 16, 22"), ("fgsm", "--device cuda:77", "no device 'cuda:77'"),
      ("fgsm", "--precision fp16", "--precision"), ("fgsm", "--dataset imagenet", "no data set 'imagenet'"),
-     ("fgsm", "--resume --overwrite", "--overwrite"),
-     ("fgsm", "--alpha 8", "8 is out of range"), ("fgsm", "extra", "unrecognized arguments: extra"),
-     ("slat", "--layers 0,conv9", "'conv9' is not one of 0, conv1"),
-     ("slat", "--layers ,", "''"), ("slat", "--input-step x", "--input-step"),
-     ("n_fgsm", "--noise -1", "--noise"), ("fgsm_ckpt", "--checkpoints 0", "--checkpoints"),
-     ("yopo", "--inner 1.5", "--inner"), ("pgd", "--init random", "--init")],
+     ("fgsm", "--resume --overwrite", "--overwrite"), ("slat", "--layers 0,conv9", "'conv9' is not one of 0, conv1")],
 )  # fmt: skip
 def test_bad_flags_are_one_line_and_write_nothing(refused, tmp_path, script, flags, message):
     refused(SCRIPTS[script], f"{SMALL} --out {tmp_path / 'run'} {flags}", message)
@@ -305,7 +285,8 @@ def test_a_folder_with_a_run_is_not_overwritten_and_a_resume_must_match(cli, ref
         refused(script, f"{flags} {more}", message)
         assert (run / "model.pt").read_bytes() == before
     arrays, classes = common.load_arrays(json.loads((run / "config.json").read_text())["dataset"], None)
-    for change in ({"train_x": 255 - arrays["train_x"]}, {key: arrays[key][:40] for key in ("test_x", "test_y")}):
+    other = {"train_y": arrays["train_y"][[1, 0, *range(2, len(arrays["train_y"]))]]}  # the same mean and deviation
+    for change in ({"train_x": 255 - arrays["train_x"]}, other, {k: arrays[k][:40] for k in ("test_x", "test_y")}):
         with monkeypatch.context() as patch:
             patch.setattr(common, "load_arrays", mock.Mock(return_value=(arrays | change, classes)))
             refused(train_fgsm, f"{flags} --resume", "cannot resume", "data was {")
@@ -325,15 +306,6 @@ def test_resume_begins_a_run_where_there_is_none(cli, tmp_path):
         assert code == 0 and ("resumed  after epoch 2 of 2" in out) == begun
         assert err == ("" if begun else f"note: there is no run in {run} yet: this one begins\n")
         data = data.rename(tmp_path / "elsewhere.npz")
-
-
-def test_other_labels_are_other_data(refused, finished, tmp_path):
-    """Images, mean and deviation are the same."""
-    run = shutil.copytree(finished, tmp_path / "run")
-    with np.load(SMALL.split()[1]) as file:
-        np.savez(tmp_path / "data.npz", **dict(file) | {"train_y": file["train_y"][[1, 0, *range(2, 128)]]})
-    flags = f"{FINISHED} --out {run} --resume --dataset {tmp_path}/data.npz"
-    refused(train_fgsm, flags, "cannot resume", "data was {")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="symbolic links")
@@ -417,31 +389,18 @@ def test_wrong_and_hostile_weights(finished, tmp_path):
     trap = Payload(tmp_path / "pwned")
     bad = [
         (good | {"state_dict": trap}, ""),
-        (good | {"arguments": trap}, ""),
-        ([1, 2], "no dictionary"),
         (good | {"state_dict": [1]}, "no state_dict"),
-        (good | {"state_dict": weights | {"fc.bias": "hello"}}, ""),
         (good | {"arguments": "hello"}, "no arguments"),
-        (good | {"arguments": arguments | {"depth": 11}}, "6n"),
         (good | {"arguments": arguments | {"depth": 600004}}, "depth 600004, but"),
-        (good | {"arguments": arguments | {"depth": "10"}}, "not supported"),
         (good | {"arguments": arguments | {"width": 10**9}}, "size mismatch|overflow"),
-        (good | {"arguments": arguments | {"mean": None}}, ""),
-        (good | {"arguments": arguments | {"activation": "silu"}}, "unexpected keyword argument"),
         (good | {"arguments": arguments | {"width": 2}}, "size mismatch"),
         (good | {"state_dict": {k: v for k, v in weights.items() if k != "fc.bias"}}, 'missing.*"fc.bias"'),
-        (good | {"state_dict": weights | {"fc.scale": weights["fc.bias"]}}, 'unexpected.*"fc.scale"'),
         ({"state_dict": weights}, "no arguments"),
-        (pickle.dumps(trap), "damaged"),
         ((finished / "model.pt").read_bytes()[:5000], "damaged"),
-        (b"no", "damaged"),
         (b"", "damaged"),
-        (None, "no file"),
     ]
     for content, message in bad:
-        if content is None:
-            path.unlink()
-        elif isinstance(content, bytes):
+        if isinstance(content, bytes):
             path.write_bytes(content)
         else:
             torch.save(content, path)
@@ -449,63 +408,32 @@ def test_wrong_and_hostile_weights(finished, tmp_path):
             load_model(path)
         text = str(error.value)
         assert "\n" not in text and len(text) < 400 and re.search(message, text, re.I), text
+    path.unlink()
     shutil.copy(finished / "checkpoint.pt", tmp_path)
     with pytest.raises(OSError, match="is not finished: name .*checkpoint.pt to load it as it stands"):
         load_model(tmp_path)
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("new", [True, False])
-def test_strangers_weights(tmp_path, new):
-    """As any version of torch has saved them; code and numpy's scalars are named, not run."""
-    path, weights = tmp_path / "weights.pt", {"w": torch.ones(3)}
-    torch.save(weights, path, _use_new_zipfile_serialization=new)
-    assert_same(load_file(path), weights)
-    for extra, name in ((argparse.Namespace(lr=1), "argparse.Namespace"), (np.float64(3), "numpy.*scalar")):
-        torch.save(weights | {"args": extra}, path, _use_new_zipfile_serialization=new)
-        with pytest.raises(OSError, match=f"weights.pt holds {name}, code that is not run: save"):
-            load_file(path)
-
-
-def test_a_flipped_bit_is_noticed(finished, tmp_path):
-    """Or does no harm: not every byte of a zip means something."""
-    path, refused = tmp_path / "checkpoint.pt", 0
-    content, whole = (finished / "checkpoint.pt").read_bytes(), load_file(finished / "checkpoint.pt")
-    for i in range(50):
-        flipped = bytearray(content)
-        flipped[len(content) * i // 50 + i] ^= 1 << i % 8
-        path.write_bytes(flipped)
-        try:
-            assert_same(load_file(path), whole)
-        except OSError:
-            refused += 1
-    assert refused > 40
-
-
 @pytest.mark.parametrize(
-    ("change", "code", "message"),
+    ("change", "message"),
     [
-        (lambda s: s.pop("optimizer"), 2, "does not fit"),
-        (lambda s: s.update(extra=[1]), 2, "does not fit"),
-        (lambda s: s["rng"].update(cpu=torch.zeros(3)), 2, "does not fit"),
-        (lambda s: s.update(rng=5), 2, "does not fit"),
-        (lambda s: s.update(rows=5), 2, "does not fit"),
-        (lambda s: s.update(extra={"delta": torch.ones(3)}), 2, "it carries ['delta'], the method []"),
-        (lambda s: s["state_dict"].pop("fc.bias"), 2, "does not fit"),
-        (lambda s: s["state_dict"]["fc.bias"].fill_(float("nan")), 1, "not finite"),
+        (lambda s: s.pop("optimizer"), "does not fit"),
+        (lambda s: s.update(extra={"delta": torch.ones(3)}), "it carries ['delta'], the method []"),
+        (lambda s: s["state_dict"].pop("fc.bias"), "does not fit"),
     ],
 )
-def test_wrong_checkpoints(refused, finished, tmp_path, change, code, message):
+def test_wrong_checkpoints(refused, finished, tmp_path, change, message):
     run = shutil.copytree(finished, tmp_path / "run")
     config = json.loads((run / "config.json").read_text()) | {"epochs": 4}
     (run / "config.json").write_text(json.dumps(config))
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     change(state)
     torch.save(state, run / "checkpoint.pt")
-    refused(train_fgsm, f"{FINISHED} --epochs 4 --out {run} --resume", message, code=code)
+    refused(train_fgsm, f"{FINISHED} --epochs 4 --out {run} --resume", message)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "3", '"a"', "[" * 200_000, "{}", '{"method": "slat"}'])
+@pytest.mark.parametrize("content", ["", "[1]", "{}"])
 def test_a_damaged_config(refused, finished, tmp_path, content):
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "config.json").write_text(content)

@@ -7,6 +7,7 @@ LAP their weights. Follows the authors' code, whose weights go *down* the loss a
 
 Against train_n_fgsm.py: `nudge`, between the attack and the loss. The above is N-LAP; R-LAP is --noise 1 --alpha 1.25
 --project, V-LAP --noise 0. No dropout by default: two passes are compared, and masks would differ. Cost: 6 passes.
+Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 55.6 / 34.3 / -; eps 16: 42.2 / 22.1 / -.
 """
 
 import torch

@@ -156,7 +156,7 @@ def main():
             seconds[name].append(took)
     base = "standard" if "standard" in args.only else args.only[0]
     counts, rows = {name: passes(name, args) for name in args.only}, {}
-    print("step of     passes counted measured spread      ms peak MB")
+    print("step of     passes counted measured spread      ms" + " peak MB" * args.memory)
     for name in args.only:
         ratios = [a / b for a, b in zip(seconds[name], seconds[base])]
         low, measured, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3

@@ -122,7 +122,7 @@ def test_tables_and_counts_are_what_was_measured():
 def test_accuracies_in_the_text_are_what_was_measured(page):
     """Each `a / b` and `a / b / c` is a result, a mean over seeds, clean / PGD-10 after an epoch, or the paper's."""
     results = {path.stem: figures.read_json(path) for path in Path("results").glob("[cg]pu/*.json")}
-    setups = {name: re.sub(r"_seed\d(_again)?", "", name) for name in results}
+    setups = {name: re.sub(r"_seed\d(_again|_autoattack)?", "", name) for name in results}
     keys = {*setups, *setups.values()}
     digits = 0 if page == "README.md" else 1
     measured = {cell((r for name, r in results.items() if key in (name, setups[name])), digits) for key in keys}

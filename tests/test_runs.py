@@ -51,13 +51,13 @@ class SlowFile(io.FileIO):
             time.sleep(0.002)
 
 
-def forked(module, arguments, seconds=600):
-    """Run a script in a fork of this process, which has torch imported, and kill it after so long: did it end well?"""
+def forked(arguments, seconds=600):
+    """Train SLAT in a fork of this process, which has torch imported, and kill it after so long: did it end well?"""
     pid, code, end = os.fork(), 1, time.monotonic() + seconds
     if not pid:
         try:
             console.open = SlowFile
-            code = run_main(module, arguments)
+            code = run_main(train_slat, arguments)
         finally:
             os._exit(code)
     while time.monotonic() < end:
@@ -78,9 +78,9 @@ def test_random_kills(tmp_path):
     dice, kills, seed = random.Random(0), 0, 0
     while kills < int(os.environ.get("KILLS", "2")):
         whole, killed, seed, start = tmp_path / f"{seed}", tmp_path / f"killed{seed}", seed + 1, time.monotonic()
-        assert forked(train_slat, f"{flags.format(whole)} --seed {seed}")
+        assert forked(f"{flags.format(whole)} --seed {seed}")
         longest, resume = 0.7 * (time.monotonic() - start), ""
-        while not forked(train_slat, f"{flags.format(killed)} --seed {seed} {resume}", dice.uniform(0.02, longest)):
+        while not forked(f"{flags.format(killed)} --seed {seed} {resume}", dice.uniform(0.02, longest)):
             kills, longest = kills + 1, longest * 1.05  # a machine that has become slow gets on
             resume = "--resume" * (killed / "config.json").exists()
         assert not list(killed.glob("*.new")), "a half-written file is left"
@@ -302,9 +302,11 @@ def test_resume_begins_a_run_where_there_is_none(cli, tmp_path):
     shutil.copy(SMALL.split()[1], data)
     line = SMALL.replace(SMALL.split()[1], "{}") + f" --epochs 2 --out {run} --resume"
     for begun in (False, True):
+        before = (run / "model.pt").read_bytes() if begun else None
         code, out, err = cli(train_fgsm, line.format(data))
         assert code == 0 and ("resumed  after epoch 2 of 2" in out) == begun
         assert err == ("" if begun else f"note: there is no run in {run} yet: this one begins\n")
+        assert before in (None, (run / "model.pt").read_bytes())  # with nothing left to do it stays as it is
         data = data.rename(tmp_path / "elsewhere.npz")
 
 

@@ -1,4 +1,4 @@
-"""FGSM adversarial training: every image is replaced by one signed gradient step away from it.
+"""FGSM adversarial training: every image is replaced by the one that lies a signed gradient step away.
 
 Goodfellow, Shlens & Szegedy 2014, arXiv:1412.6572, section 4 (the step) and 6 (training on it).
 

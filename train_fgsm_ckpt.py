@@ -6,7 +6,7 @@ in networks that are fooled half-way to the perturbation they were trained on, a
     python train_fgsm_ckpt.py --eps 8
 
 Against train_fgsm.py: FGSM-RS, then forward passes that choose how far each image goes. The gradient is taken in eval
-mode, as in its authors' code; all other methods here take it in train mode. A step costs about 6.5 passes: FGSM's 5,
+mode, as in its authors' code; of the others only NuAT does so. A step costs about 6.5 passes: FGSM's 5,
 one of the clean images, and some of those that are undecided.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 70.9 / 17.1 / 16.0; eps 16: 67.8 / 1.1 / 0.4.
 """
@@ -59,6 +59,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    torch.backends.cudnn.benchmark = False  # the undecided come in batches of every size: each would be timed anew
     torch.manual_seed(args.seed)
     data = common.load_data(args)
     of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)

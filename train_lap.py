@@ -6,7 +6,7 @@ LAP their weights. Follows the authors' code, whose weights go *down* the loss a
     python train_lap.py --eps 8
 
 Against train_n_fgsm.py: `nudge`, between the attack and the loss. The above is N-LAP; R-LAP is --noise 1 --alpha 1.25
---project, V-LAP --noise 0. No dropout by default: two passes are compared, and masks would differ. Cost: 6 passes.
+--project, V-LAP --noise 0, each with a --beta of its own (docs/methods.md). No dropout: they have none. Cost: 6 passes.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 55.6 / 34.3 / -; eps 16: 42.2 / 22.1 / -.
 """
 
@@ -44,9 +44,8 @@ def nudge(model, gradients, optimizer, beta, gamma=0.3):
     shares = 1 - (layers.log() / layers[-1].log()) ** gamma
     for share, (name, gradient) in zip(shares.tolist(), gradients.items()):
         w = model.get_parameter(name)
-        step = -(gradient + group["weight_decay"] * w)
-        if (momentum := optimizer.state.get(w, {}).get("momentum_buffer")) is not None:
-            step -= group["momentum"] * momentum
+        velocity = optimizer.state.get(w, {}).get("momentum_buffer", 0)
+        step = -(gradient + group["weight_decay"] * w + group["momentum"] * velocity)
         w += beta * share * w.norm() / (step.norm() + 1e-20) * step
 
 
@@ -56,11 +55,12 @@ def parse_args():
     parser.add_argument("--alpha", type=number(float, 0, 4), default=1.0, help="step size, in multiples of eps")
     parser.add_argument("--noise", type=number(float, 0, 4), default=2.0, help="start noise, in multiples of eps")
     parser.add_argument("--project", action="store_true", help="clip the images to the eps-ball")
-    parser.add_argument("--beta", type=number(float, 0), help="of the weights (default: N-LAP's, 0.001 to 0.75 by eps)")
+    default = "(default: N-LAP's at the nearest of eps 8, 12, 16, 32)"
+    parser.add_argument("--beta", type=number(float, 0), help=f"how far the weights move {default}")
     parser.add_argument("--ascend", action="store_true", help="move the weights up the loss")
     args = common.parse(parser)
-    if args.beta is None:
-        args.beta = next(beta for top, beta in ((10, 0.001), (14, 0.002), (24, 0.005), (255, 0.75)) if args.eps <= top)
+    table = {8: 0.001, 12: 0.002, 16: 0.005, 32: 0.75}
+    args.beta = table[min(table, key=lambda eps: abs(eps - args.eps))] if args.beta is None else args.beta
     return args
 
 

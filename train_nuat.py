@@ -9,7 +9,7 @@ divided by the size of the batch, while the norm grows as its square root.
     python train_nuat.py --eps 8
 
 Against train_fgsm.py: the loss, and its weight. No dropout by default: two passes are compared, and masks would differ.
-A step costs 9 passes and the activations of two.
+A step costs 9 passes and the activations of two; its singular values make the host wait for a GPU.
 """
 
 import torch
@@ -28,8 +28,7 @@ def nuat(model, x, y, eps, weight, nuclear=True):
     the eps-ball and to [0, 1]; x0 = x + (eps / 2) random signs; L: as above at x0, or CE(f(x0), y) if not nuclear.
     The gradient sees the network in eval mode, all other passes as it is. The norm is computed in the precision of x.
     """
-    with torch.no_grad():
-        clean = model(x)
+    clean = model(x).detach()  # in no_grad, older autocast would keep copies of weights without a graph
     training = [module for module in model.modules() if module.training]
     model.eval()
     start = (x + eps / 2 * (torch.rand_like(x) - 0.5).sign()).clamp(0, 1).requires_grad_()
@@ -43,7 +42,7 @@ def nuat(model, x, y, eps, weight, nuclear=True):
     x_adv = torch.clamp(start.detach() + eps * gradient.sign(), x - eps, x + eps).clamp(0, 1)
     adversarial, logits = model(x_adv), model(x)
     loss = F.cross_entropy(logits, y)
-    if weight:  # the norm has no gradient where two passes agree
+    if weight:
         loss = loss + weight * torch.linalg.matrix_norm((logits - adversarial).to(x.dtype), "nuc") / len(x)
     return loss, logits
 
@@ -51,7 +50,7 @@ def nuat(model, x, y, eps, weight, nuclear=True):
 def parse_args():
     parser = common.make_parser(__doc__)
     parser.set_defaults(dropout=0.0)
-    parser.add_argument("--nuc-max", type=number(float, 0), default=4.5, help="weight of the norm in the last epochs")
+    parser.add_argument("--nuc-max", type=number(float, 0), default=4.5, help="weight of the norm in the last tenth")
     parser.add_argument("--nuclear-always", action="store_true", help="every attack seeks the norm, not every second")
     return common.parse(parser)
 

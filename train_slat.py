@@ -1,7 +1,7 @@
 """SLAT, single-step latent adversarial training: FGSM in the input and in hidden layers at once.
 
-Park & Lee 2021, arXiv:2104.01575, Algorithm 1. One backward pass gives the gradient at the input and at
-every chosen layer; each is perturbed along its sign (eq. 4), which penalises sum_k eta_k ||g_k||_1 (eq. 5).
+Park & Lee 2021, arXiv:2104.01575, Algorithm 1. One backward pass gives the gradients g_k at the input and
+at every chosen layer. Each layer moves along sign(g_k) (eq. 4): a penalty on sum_k eta_k ||g_k||_1 (eq. 5).
 
     python train_slat.py --eps 8 --layers 0,conv1,conv2
 

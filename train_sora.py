@@ -1,8 +1,9 @@
 """SORA: FGSM from a random start, by steps of random length, that shorten where gradients before and after disagree.
 
-arXiv:2606.00738. v, a running mean of how far the gradient keeps its signs, is 1 where the loss is linear: the step is
-then 2 eps, and the images are up to 3 eps away, as N-FGSM's. The code has 2 eps min(1, 0.02 / (1 - v)); the paper, as
-others quote it, min(2 eps, 0.02 / (1 - v)): --absolute, which shortens far later.
+Teymourian, Moslemi, Rahmani & Rohban, ICML 2026, arXiv:2606.00738. v, a running mean of how far the gradient keeps its
+signs, is 1 where the loss is linear: the step is then 2 eps, and the images are up to 3 eps away, as N-FGSM's. The code
+has 2 eps min(1, 0.02 / (1 - v)); the paper, as others quote it, min(2 eps, 0.02 / (1 - v)): --absolute, which shortens
+far later.
 
     python train_sora.py --eps 8
 

@@ -71,8 +71,8 @@ class WideResNet(nn.Module):
     def forward(self, x, delta=None, return_features=False):
         """Logits (B, num_classes) in float32; with return_features also {name: h_name}, delta included.
 
-        delta: {name: float32 tensor of that layer's shape}, added to that layer's output in float32: near 16,
-        bfloat16 moves in steps of 2 eta. ValueError for a name that is not in LAYERS.
+        delta: {name: float32 tensor of that layer's shape}, added to that layer's output in float32: between 8 and 16
+        bfloat16 moves in steps of 1/16, twice a perturbation of 8/255. ValueError for a name that is not in LAYERS.
         """
         delta, h = delta or {}, {}
         if not set(delta) <= set(LAYERS):
@@ -108,9 +108,9 @@ def dropout(x, p):
         return F.dropout(x, p)
     dropped = min(round(p * 2**16), 2**16 - 1)
     scale = 1 / (1 - dropped / 2**16)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
     keep = words.view(torch.int16)[: x.numel()].ge_(dropped - 2**15)  # 0 or 1, in place: ten times as fast as to bool
-    if x.dtype == torch.bfloat16:  # times the bits of the scale, which needs no conversion
+    if x.dtype == torch.bfloat16:  # 0 or 1 times the scale's bits: those of 0.0 or of the scale
         keep = keep.mul_(int(torch.tensor(scale, dtype=x.dtype).view(torch.int16))).view(x.dtype)
     else:
         keep = keep.to(x.dtype).mul_(scale)

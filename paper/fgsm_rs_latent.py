@@ -18,7 +18,7 @@ from train_slat import parse_args, slat  # noqa: F401  parse_args is for paper.s
 def fgsm_rs_latent(model, x, y, eps, layers, eta, input_step, latent_clamp=True):
     """As slat, but for x_adv, which is that of fgsm_rs with a step of input_step, whether "0" is in layers or not."""
     hidden = [name for name in layers if name != "0"]
-    _, delta = slat(model, x, y, eps, hidden, eta, 0, latent_clamp)
+    delta = slat(model, x, y, eps, hidden, eta, 0, latent_clamp)[1] if hidden else {}
     return fgsm_rs(model, x, y, eps, input_step), delta
 
 

@@ -92,8 +92,8 @@ def parse_args():
 
     with mock.patch.object(common, "make_parser", with_two_more):
         args = train_slat.parse_args()
-    if args.layers[0] != "0":
-        fail(f"argument --layers: {','.join(args.layers)} does not begin with 0, the input")
+    if args.layers[0] != "0" or len(args.layers) == 1:
+        fail(f"argument --layers: {','.join(args.layers)} is not 0, the input, and then hidden layers")
     return args
 
 

@@ -171,6 +171,8 @@ def test_dropout_in_some_epochs_only(cli, tmp_path):
     for epochs in ("2", "2-1"):
         code, _, err = cli(paper.slat_hidden, f"{flags} --dropout-epochs {epochs} --out {tmp_path / 'x'}")
         assert code == 2 and f"'{epochs}' is not FIRST-LAST, as 1-2" in err
+    code, _, err = cli(paper.slat_hidden, f"{flags} --layers 0 --out {tmp_path / 'x'}")
+    assert code == 2 and "argument --layers: 0 is not 0, the input, and then hidden layers" in err
 
 
 def test_fgsm_is_torchattacks_fgsm(smooth):

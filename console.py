@@ -87,9 +87,11 @@ def check_outputs(outputs, inputs=()):
             continue
         if os.path.isdir(path):
             fail(f"argument {flag}: cannot write {path}: it is a folder")
-        if other := taken.get(identity(path)):
-            fail(f"argument {flag}: {path} is {other}, too: name another file")
-        taken |= {identity(path): f"the file of {flag}", identity(f"{path}.new"): f"a temporary file of {flag}"}
+        new = f"{os.path.realpath(path)}.new"
+        for name in (path, new):
+            if other := taken.get(identity(name)):
+                fail(f"argument {flag}: {name} is {other}, too: name another file")
+        taken |= {identity(path): f"the file of {flag}", identity(new): f"a temporary file of {flag}"}
         try:
             if os.path.exists(path) and not os.access(path, os.W_OK):
                 raise OSError(0, "no permission")

@@ -36,9 +36,9 @@ class ContractError(ValueError):
 
 @contextlib.contextmanager
 def exact(device):
-    """Inside, float32 is float32: neither autocast nor TF32."""
+    """Inside, float32 is float32: neither autocast nor TF32. device: its type, such as "cuda"."""
     cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
-    with contextlib.ExitStack() as undo, torch.autocast(device.type, enabled=False):
+    with contextlib.ExitStack() as undo, torch.autocast(device, enabled=False):
         undo.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
         cudnn.benchmark = False  # verdicts come in batches of every size: each would be timed anew
         newer = (cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul) if hasattr(cudnn, "conv") else ()
@@ -55,13 +55,12 @@ def exact(device):
         yield
 
 
-PRECISIONS = {None: contextlib.nullcontext, "fp32": exact, "bf16": lambda d: torch.autocast(d.type, torch.bfloat16)}
+PRECISIONS = {None: contextlib.nullcontext, "fp32": exact, "bf16": lambda d: torch.autocast(d, torch.bfloat16)}
 
 
 def kind(value):
-    if isinstance(value, numbers.Real):
-        return value
-    return f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+    other = value if isinstance(value, numbers.Real) else type(value).__name__
+    return f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else other
 
 
 def logits_at(model, point):
@@ -76,7 +75,7 @@ def logits_at(model, point):
 
 def outputs(model, x, batch_size=0):
     """Logits (N, classes) of images x (N, C, H, W), in float32 whatever autocast and TF32 are set to."""
-    with torch.no_grad(), exact(x.device):
+    with torch.no_grad(), exact(x.device.type):
         return torch.cat([logits_at(model, part) for part in x.split(batch_size or BATCH_SIZE[x.device.type])])
 
 
@@ -113,12 +112,11 @@ def dlr(logits, y, target=None):
 
 
 def ascend(model, point, loss, y, target=None):
-    """The logits, the loss (B,) and its gradient at point (B, C, H, W)."""
+    """The logits, the loss (B,) and its gradient at point (B, C, H, W), each image's the same in any batch."""
     with torch.enable_grad():
         point = point.detach().requires_grad_()
         logits = logits_at(model, point)
         value = loss(logits, y, target)
-        # The sum over the batch, not the mean: an image's gradient must not depend on its neighbours.
         gradient = torch.autograd.grad(value.sum(), point, allow_unused=True)[0] if value.requires_grad else None
     if gradient is None:
         raise ContractError("no gradient reaches the image (no_grad or detach in the network?): only Square attacks it")
@@ -130,10 +128,8 @@ def ascend(model, point, loss, y, target=None):
 def pgd(model, x, y, eps, steps=50, restarts=10, step_size=None, random_start=True, **options):
     """Projected gradient descent (Madry et al. 2017, arXiv:1706.06083) on the cross-entropy.
 
-    loop, a generator as in every attack here, yields the points that it tries; `run` judges them, restart by restart.
     step_size: None is eps / 4. Restarts begin uniformly in the ball; random_start=False: at x.
     """
-
     if step_size is not None and not 0 <= step_size <= 1:
         raise ContractError(f"step_size must be in [0, 1], as images and eps are, such as 2 / 255, not {step_size}")
 
@@ -146,14 +142,13 @@ def pgd(model, x, y, eps, steps=50, restarts=10, step_size=None, random_start=Tr
             yield point, logits, point
             point = (point + size * gradient.sign()).clamp(b.low, b.high)
 
-    return run(model, x, y, eps, loop, steps + 1, restarts, **options)  # the last point is judged too
+    return run(model, x, y, eps, loop, steps + 1, restarts, False, **options)  # the last point is judged too
 
 
 def apgd(model, x, y, eps, loss="ce", steps=100, restarts=1, targets=9, **options):
     """Auto-PGD (Croce & Hein 2020, arXiv:2003.01690, Algorithm 1): momentum, and steps that halve by themselves.
 
-    loss: "ce", "dlr" or "dlr-targeted", which has no restarts but a trial for each of the `targets` highest wrong
-    classes of the clean image (all of them, if there are fewer).
+    loss: "ce", "dlr" or "dlr-targeted": no restarts, but one trial for each of the `targets` highest wrong classes.
     """
     targeted, loss = loss == "dlr-targeted", {"ce": cross_entropy, "dlr": dlr, "dlr-targeted": dlr}[loss]
 
@@ -238,15 +233,13 @@ def fab(model, x, y, eps, steps=100, targets=9, alpha_max=0.1, eta=1.05, beta=0.
 def square(model, x, y, eps, queries=5000, p=0.8, restarts=1, **options):
     """Square attack (Andriushchenko et al. 2020, arXiv:1912.00049, Algorithms 1 and 2): random search, no gradients.
 
-    From vertical stripes of +-eps, each query sets one square to +-eps and is kept if the margin rises. p: the share of
-    the image that a square covers, halved after 10, 50, 200, ... queries.
+    From vertical stripes of +-eps, each query sets a square, a share p of the image, to +-eps if the margin then rises.
     """
 
     def loop(b, best, steps):
         first, (channels, height, width) = 0 if best is None else queries, b.x.shape[1:]
         # Where a query puts its square, and how it is coloured: the same for all images.
-        generator = torch.Generator().manual_seed(b.seed)
-        random = torch.rand(first + steps, 2 + channels, generator=generator, device="cpu")
+        random = torch.rand(first + steps, 2 + channels, generator=torch.Generator().manual_seed(b.seed), device="cpu")
         if best is None:
             best = torch.where(b.noise(channels, 1, width) > 0, b.high, b.low)
         tried, best_margin = best, torch.full_like(best[:, 0, 0, 0], -math.inf)
@@ -261,19 +254,15 @@ def square(model, x, y, eps, queries=5000, p=0.8, restarts=1, **options):
                 tried[window] = torch.where(bright, b.high[window], b.low[window])
             logits = logits_at(model, tried)
             value = margin(logits, b.y)
-            better = value > best_margin
+            better = (value > best_margin) & logits.isfinite().all(1)  # else +inf would stay the best for ever
             best_margin, best = torch.where(better, value, best_margin), pick(better, tried, best)
             yield tried, logits, best
 
-    return run(model, x, y, eps, loop, queries, restarts, **options)
+    return run(model, x, y, eps, loop, queries, restarts, False, **options)
 
 
 def autoattack(model, x, y, eps, batch_size=0, seed=0, precision=None, before=(), report=None):
-    """Standard AutoAttack (Croce & Hein 2020, arXiv:2003.01690): four attacks, each on what is still unbroken.
-
-    The options are those of `run`. What makes the number doubtful is a UserWarning: the sentences of `check_network`
-    and `masked_gradients`.
-    """
+    """Standard AutoAttack (Croce & Hein 2020, arXiv:2003.01690): four attacks, each on what is still unbroken."""
     options = {"batch_size": batch_size, "seed": seed, "precision": precision, "report": report}
     found = apgd(model, x, y, eps, "ce", before=before, **options)
     for sentence in check_network(model, x, y, eps, batch_size):  # warn() would do so only once
@@ -291,7 +280,7 @@ def masked_gradients(before, after):
     count = int((before & ~after).sum())
     found = f"Square, which uses no gradients, broke {count} of {len(after)} images that the other attacks could not"
     found += ": the gradients may be masked, and the robust accuracy too high"
-    return [found] if count > 0.002 * len(after) else []  # AutoAttack's threshold: one image in a thousand is chance
+    return [found] if count > 0.002 * len(after) else []  # AutoAttack's threshold: two images in a thousand are chance
 
 
 def pick(mask, a, b):
@@ -308,9 +297,7 @@ def noise(like, images, seed, trial, *shape):
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def run(
-    model, x, y, eps, loop, steps, trials, targeted=False, batch_size=0, seed=0, precision=None, before=(), report=None
-):
+def run(model, x, y, eps, loop, steps, trials, targeted, batch_size=0, seed=0, precision=None, before=(), report=None):
     """Attack every image in `trials` restarts or target classes of `steps` iterations each, until it is broken.
 
     batch_size: images at a time (0: 64 on a CPU, else 250). seed: of all that is random. precision: of the search,
@@ -319,27 +306,21 @@ def run(
     attack, whose broken images are left out. report(share done, robust) is called after every iteration.
     Returns robust, (N,) bool, and x_adv, (N, C, H, W): a misclassified point, or the strongest of the last trial.
 
-    loop(b, best, steps): the attack, a generator of (point to judge, its logits, strongest point so far). best: None,
-    or the strongest point of the search in bfloat16. b: x, y, target, noise(*shape), bounds low and high of a point.
+    loop(b, best, steps): the attack, a generator of (point to judge, its logits, strongest point so far, PGD's and
+    FAB's being the last). best: that of the search in bfloat16, or None. b: x, y, target, noise(*shape), low and high.
     """
     if min(trials, steps) < 1:
         raise ContractError("restarts, targets, steps and queries must be at least 1: one restart is one run")
     if precision not in PRECISIONS:
         raise ContractError(f"precision must be 'fp32', 'bf16' or None, not {precision!r}")
     x, y, clean = checked(model, x, y, eps, batch_size)
-    robust, x_adv, device = clean.argmax(1) == y, x.clone(), x.device
-    if precision is None and torch.is_autocast_enabled(device.type):
-        if torch.get_autocast_dtype(device.type) == torch.float16:
-            raise ContractError("gradients vanish in float16: attack outside autocast, or give precision='bf16'")
-    if before:
-        robust, x_adv = robust & before[0], before[1].clone()
-    todo = robust.clone()
+    device, todo = x.device.type, (clean.argmax(1) == y) & (before[0] if before else True)
+    if precision is None and torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        raise ContractError("gradients vanish in float16: attack outside autocast, or give precision='bf16'")
+    robust, x_adv = todo.clone(), (before[1] if before else x).clone()
     ranking = clean.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)  # y comes last
-    trials, batch_size = min(trials, clean.shape[1] - 1) if targeted else trials, batch_size or BATCH_SIZE[device.type]
-    searches = [(precision, 0, steps)]
-    if precision == "bf16":
-        searches.append(("fp32", steps, math.ceil(steps / 20)))
-    total = sum(length for _, _, length in searches)
+    trials, batch_size = min(trials, clean.shape[1] - 1) if targeted else trials, batch_size or BATCH_SIZE[device]
+    total = steps + (math.ceil(steps / 20) if precision == "bf16" else 0)  # from `steps` on in float32
     for trial in range(trials):
         left = robust.nonzero().flatten()
         for k, images in enumerate(left.split(batch_size) if len(left) else ()):
@@ -347,17 +328,16 @@ def run(
             b.low, b.high, b.seed = (b.x - eps).clamp(0, 1), (b.x + eps).clamp(0, 1), seed + trial
             b.noise = functools.partial(noise, b.x, images, seed, trial)
             unbroken, best = torch.ones_like(images, dtype=torch.bool), None
-            for search_precision, begun, length in searches:
+            for search_precision, iterations in ((precision, range(steps)), ("fp32", range(steps, total))):
                 with PRECISIONS[search_precision](device):
-                    for i, found in enumerate(loop(b, best, length)):
+                    for i, found in zip(iterations, loop(b, best, len(iterations))):
                         point, logits, best = found
                         hit = (unbroken & misclassified(logits, b.y)).nonzero().flatten()
                         if len(hit):  # only these: without TF32, float32 costs a GPU many times what bfloat16 does
                             hit = hit[is_adversarial(model, b.x[hit], point[hit], b.y[hit], eps, batch_size)]
                             unbroken[hit], robust[images[hit]], x_adv[images[hit]] = False, False, point[hit]
                         if report:
-                            share = (begun + i + 1) / total  # of this batch
-                            done = (k * batch_size + share * len(images)) / len(left)  # of this trial
+                            done = (k * batch_size + len(images) * (i + 1) / total) / len(left)  # of this trial
                             report((trial + done) / trials, robust)
                         if not unbroken.any():
                             break
@@ -378,13 +358,10 @@ def unmoved(before, after, tolerance):
     Compared is how far each logit is below the image's highest, so that an offset which all share, or a class that is
     masked by -1e9 (100 times as far below as any second highest), neither hides a difference nor feigns one.
     """
-    finite = before.isfinite().all(1)
-    if not finite.any():
-        return True
-    before, after = before[finite], after[finite]
+    finite = before.isfinite().all(1, keepdim=True)
+    before, after = (torch.where(finite, logits, 0) for logits in (before, after))
     below, later = (logits.amax(1, keepdim=True) - logits for logits in (before, after))
-    masked = 100 * below.topk(2, largest=False)[0].max()
-    masked = torch.where(masked > 0, masked, below.max())
+    masked = 100 * below.topk(2, largest=False)[0].max() or below.max()
     rounding = 4 * torch.finfo(torch.float32).eps * before.amax(1, keepdim=True).abs()
     change = (below.clamp(max=masked) - later.clamp(max=masked)).abs()
     return bool((change <= tolerance * below[below <= masked].max() + rounding).all())  # False where NaN came after
@@ -425,7 +402,7 @@ def check_network(model, x, y, eps, batch_size=0, count=250):
     try:
         x, y, logits = checked(model, x[:count], y[:count], eps, batch_size)
         right, chance = logits.argmax(1) == y, 1 / logits.shape[1]
-        share = right.double().mean().item()
+        share = int(right.sum()) / len(right)
         if len(x) >= 50 and share < chance + 3 * math.sqrt(chance / len(x)):  # 3 standard deviations
             found.append(f"{100 * share:.0f} % of {len(x)} images are right, as by chance: check weights and labels")
         if logits.min() >= 0 and logits.max() <= 1:
@@ -434,8 +411,7 @@ def check_network(model, x, y, eps, batch_size=0, count=250):
         parts = list(zip(*(v.split(batch_size or 64) for v in (point, y))))
         for loss in (cross_entropy, margin):
             gradient = torch.cat([ascend(model, part, loss, label)[2] for part, label in parts]).flatten(1)
-            zero = int(((gradient == 0).all(1) & right).sum())
-            if zero:
+            if zero := int(((gradient == 0).all(1) & right).sum()):
                 found.append(f"the gradient of the {loss.__name__} is exactly zero at {zero} of {len(x)} images")
     except ContractError as error:
         found.append(str(error))
@@ -509,15 +485,15 @@ def parse_args():
     args = parser.parse_args()
     if args.weights and not args.model:
         parser.error("--weights needs --model")
-    inputs = [args.weights, args.dataset, (args.model or "").rpartition(":")[0]]
+    inputs = [args.weights, (args.model or "").rpartition(":")[0]]
     if args.run:
         folder = Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent
         inputs += [args.run, *(folder / name for name in RUN_FILES)]
-    outputs = {"--state": args.state, "--json": args.json, "--save-adv": args.save_adv}
-    console.check_outputs(outputs, filter(None, inputs))
     args.training = training_of(folder) if args.run else {}
     args.eps = args.training.get("eps", 8.0) if args.eps is None else args.eps
     args.dataset = args.dataset or args.training.get("dataset")
+    outputs = {"--state": args.state, "--json": args.json, "--save-adv": args.save_adv}
+    console.check_outputs(outputs, filter(None, [*inputs, args.dataset]))
     if 0 < args.eps < 1:
         console.note(f"--eps {args.eps:g} is in units of 1/255")
     args.device = common.find_device(args.device)

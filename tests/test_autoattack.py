@@ -1,5 +1,6 @@
 """The attacks of AutoAttack against closed forms, slow reimplementations and torchattacks."""
 
+import copy
 import functools
 import inspect
 import warnings
@@ -65,16 +66,31 @@ def test_the_closed_form_of_a_linear_network_is_reached(name, classes, eps):
 def test_a_verdict_depends_on_the_image_and_holds(trained, name):
     """Neither the batch size nor what else is attacked changes where an image starts and ends."""
     model, x, y = trained
-    model, x, y, few = model.double(), x[:16].double(), y[:16], torch.arange(16) % 3 == 0
+    model, x, y, few = copy.deepcopy(model).double(), x[:32].double(), y[:32], torch.arange(32) % 3 == 0
     robust, x_adv = ATTACKS[name](model, x, y, EPS, **SHORT[name])
     assert torch.equal(is_adversarial(model, x, x_adv, y, EPS), ~robust)
     assert ((x_adv - x).abs() <= EPS + 1e-9).all() and x_adv.min() >= 0 and x_adv.max() <= 1
     assert 0 < robust.sum() < (predict(model, x) == y).sum()
     assert torch.equal(ATTACKS[name](model, x, y, EPS, batch_size=5, **SHORT[name])[0], robust)
     some, some_adv = ATTACKS[name](model, x, y, EPS, before=(few, x), **SHORT[name])
-    model.float()
     assert torch.equal(some, robust & few)
     torch.testing.assert_close(some_adv[few], x_adv[few])
+
+
+def test_square_goes_on_from_points_where_a_logit_overflows():
+    """Their margin is infinite: one that is kept as the best stays the best."""
+    model, x = Linear(4), images(40)
+    x = x[x[:, 0, 0, 0] < 0.9]
+    y = predict(model, x)
+
+    def overflowing(x):
+        logits, bright = model(x), x[:, 0, 0, 0] > 0.9
+        other = F.one_hot((logits.argmax(1) + 1) % 4, 4).bool()
+        return logits.masked_fill(bright[:, None] & other, torch.inf)
+
+    robust = ATTACKS["square"](model, x, y, 0.1, queries=200)[0]
+    assert 0 < robust.sum() < len(x)
+    assert torch.equal(ATTACKS["square"](overflowing, x, y, 0.1, queries=200)[0], robust)
 
 
 @every_attack

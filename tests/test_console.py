@@ -98,12 +98,14 @@ def test_what_cannot_be_written_is_one_line_before_the_work(tmp_path, capsys, mo
     refused({"--json": str(a), "--state": str(a)}, f"--state: {a} is the file of --json, too")
     refused({"--json": str(b), "--state": f"{tmp_path}/./b"}, "is the file of --json, too")
     refused({"--json": str(b), "--state": f"{b}.new"}, "is a temporary file of --json, too")
+    refused({"--json": str(b)}, f"{b}.new is the input {b}.new, too", [f"{b}.new"])
     refused({"--json": str(a)}, f"is the input {a}, too", [a])
     if os.name == "posix":
         (tmp_path / "soft").symlink_to(a)
         (tmp_path / "hard").hardlink_to(a)
         for name in ("soft", "hard"):
             refused({"--json": str(tmp_path / name)}, f"is the input {a}, too", [a])
+        refused({"--json": str(tmp_path / "soft")}, f"is the input {a}.new, too", [f"{a}.new"])
         refused({"--json": "/proc/no-such-file"}, "cannot write /proc/no-such-file")
         with monkeypatch.context() as patch:  # root may write everywhere
             patch.setattr(os, "access", lambda path, mode: False)

@@ -77,6 +77,28 @@ def test_a_run_leaves_what_it_promises(whole, name):
     assert all(torch.equal(value, final[key]) for key, value in load_model(run).state_dict().items())
 
 
+@every_method
+def test_no_step_begins_in_no_grad(monkeypatch, tmp_path, name):
+    """In older torch, autocast would keep the copies of the weights which that pass makes, without a graph."""
+    autocast, forward, first, begun = common.autocast, WideResNet.forward, [], []
+
+    def entered(args):
+        first.append(True)
+        return autocast(args)
+
+    def passed(self, *args, **kwargs):
+        if first:
+            begun.append(torch.is_grad_enabled())
+            first.clear()
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(common, "autocast", entered)
+    monkeypatch.setattr(WideResNet, "forward", passed)
+    flags = f"{SMALL} --limit-train 32 --batch-size 16 --epochs 1 --monitor 1 --out {tmp_path / 'run'}"
+    assert run_main(SCRIPTS[name], flags) == 0
+    assert len(begun) >= 2 and all(begun)
+
+
 def test_a_script_is_train_fgsm_with_another_method():
     """But for what is in its `with common.autocast`, a script has every line of train_fgsm's main(), in its order."""
 

@@ -87,11 +87,10 @@ def check_outputs(outputs, inputs=()):
             continue
         if os.path.isdir(path):
             fail(f"argument {flag}: cannot write {path}: it is a folder")
-        new = f"{os.path.realpath(path)}.new"
-        for name in (path, new):
+        for name in (path, temporary(path)):
             if other := taken.get(identity(name)):
                 fail(f"argument {flag}: {name} is {other}, too: name another file")
-        taken |= {identity(path): f"the file of {flag}", identity(new): f"a temporary file of {flag}"}
+        taken |= {identity(path): f"the file of {flag}", identity(temporary(path)): f"a temporary file of {flag}"}
         try:
             if os.path.exists(path) and not os.access(path, os.W_OK):
                 raise OSError(0, "no permission")
@@ -102,10 +101,15 @@ def check_outputs(outputs, inputs=()):
             fail(f"argument {flag}: cannot write {path}: {error.strerror}")
 
 
+def temporary(path):
+    """The file that is written before it replaces path, or what path links to."""
+    return f"{os.path.realpath(path)}.new"
+
+
 @contextlib.contextmanager
 def written_next_to(path, content):
     """The path of a new file with this content in the folder of path, or of what path links to; gone afterwards."""
-    new = f"{os.path.realpath(path)}.new"
+    new = temporary(path)
     try:
         with open(new, "wb") as file:
             file.write(content)

@@ -59,8 +59,8 @@ PRECISIONS = {None: contextlib.nullcontext, "fp32": exact, "bf16": lambda d: tor
 
 
 def kind(value):
-    other = value if isinstance(value, numbers.Real) else type(value).__name__
-    return f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else other
+    found = f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+    return value if isinstance(value, numbers.Real) else found
 
 
 def logits_at(model, point):

@@ -6,7 +6,7 @@ LAP their weights. Follows the authors' code, whose weights go *down* the loss a
     python train_lap.py --eps 8
 
 Against train_n_fgsm.py: `nudge`, between the attack and the loss. The above is N-LAP; R-LAP is --noise 1 --alpha 1.25
---project, V-LAP --noise 0, each with a --beta of its own (docs/methods.md). No dropout: they have none. Cost: 6 passes.
+--project, V-LAP --noise 0, each with its own --beta (docs/methods.md). No dropout, as in its code. Cost: 6 passes.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 56.0 / 34.0 / 30.5; eps 16: 40.8 / 22.2 / 17.0.
 """
 

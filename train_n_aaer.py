@@ -57,7 +57,7 @@ def parse_args():
     parser.add_argument("--loss-gradient", action="store_true", help="the lambda_2 term has one, as in the paper")
     args = common.parse(parser)
     table = {8: (1.5, 0.15), 12: (5.0, 0.55), 16: (8.5, 1.5), 32: (2.75, 0.75)}
-    if "cifar100" in args.dataset:
+    if args.dataset.endswith(("cifar100", "cifar100.npz")):
         table = {8: (1.5, 0.15), 12: (3.5, 0.3), 16: (6.0, 0.5), 32: (3.5, 0.5)}
     nearest = min(table, key=lambda eps: abs(eps - args.eps))
     if nearest != args.eps and None in (args.lambda_2, args.lambda_3):

@@ -51,7 +51,7 @@ def nuat(model, x, y, eps, weight, nuclear=True):
 def parse_args():
     parser = common.make_parser(__doc__)
     parser.set_defaults(dropout=0.0)
-    parser.add_argument("--nuc-max", type=number(float, 0), default=4.5, help="weight of the norm in the last tenth")
+    parser.add_argument("--nuc-max", type=number(float, 0), default=4.5, help="highest weight of the norm")
     parser.add_argument("--nuclear-always", action="store_true", help="every attack seeks the norm, not every second")
     return common.parse(parser)
 

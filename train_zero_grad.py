@@ -42,7 +42,7 @@ def parse_args():
     parser.add_argument("--q", type=number(float, 0, 1), help=share)
     args = common.parse(parser)
     if args.q is None:
-        args.q = 0.45 if "cifar100" in args.dataset else 0.35
+        args.q = 0.45 if args.dataset.endswith(("cifar100", "cifar100.npz")) else 0.35
     return args
 
 

@@ -371,6 +371,7 @@ def test_elles_lambda_jumps_and_decays_as_by_hand():
      ("fgsm_ga", "--eps 16", {"ga_lambda": 2}), ("fgsm_ga", "--eps 16 --ga-lambda 1", {"ga_lambda": 1}),
      ("zero_grad", "", {"q": 0.35, "alpha": 2}), ("zero_grad", "--dataset cifar100", {"q": 0.45}),
      ("zero_grad", "--dataset data/cifar100.npz", {"q": 0.45}),
+     ("zero_grad", "--dataset cifar100/cifar10.npz", {"q": 0.35}),
      ("zero_grad", "--dataset cifar100 --q 0.7", {"q": 0.7}),
      ("n_aaer", "--eps 8", {"lambda_1": 1, "lambda_2": 1.5, "lambda_3": 0.15}),
      ("n_aaer", "--eps 12", {"lambda_2": 5, "lambda_3": 0.55}),

@@ -62,6 +62,10 @@ def play(name, args, steps, flops=None):
         def _open_folder(self):
             pass
 
+        def _begin_epoch(self):
+            super()._begin_epoch()
+            self.epoch = 1  # the second: in its first NuAT has no penalty yet
+
         def log(self, loss, logits, y):
             super().log(loss, logits, y)
             if args.device.startswith("cuda"):

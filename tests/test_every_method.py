@@ -43,21 +43,34 @@ def cheap_monitor():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A method's uninterrupted run, made once: (folder, what it printed)."""
+    """A method's uninterrupted run, once: (folder, what it printed, whether each step begins with a graph)."""
+    autocast, forward = common.autocast, WideResNet.forward
 
     @functools.cache
     def run(name):
-        folder = tmp_path_factory.mktemp(name) / "run"
+        folder, first, begun = tmp_path_factory.mktemp(name) / "run", [], []
+
+        def entered(args):
+            first.append(True)
+            return autocast(args)
+
+        def passed(self, *args, **kwargs):
+            if first:
+                begun.append(torch.is_grad_enabled())
+                first.clear()
+            return forward(self, *args, **kwargs)
+
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            assert run_main(SCRIPTS[name], f"{SMALL} {FLAGS} --out {folder}") == 0
-        return folder, out.getvalue()
+            with mock.patch.object(common, "autocast", entered), mock.patch.object(WideResNet, "forward", passed):
+                assert run_main(SCRIPTS[name], f"{SMALL} {FLAGS} --out {folder}") == 0
+        return folder, out.getvalue(), begun
 
     return run
 
 
 @every_method
 def test_a_run_leaves_what_it_promises(whole, name):
-    run, out = whole(name)
+    run, out, _ = whole(name)
     assert {path.name for path in run.iterdir()} == set(eval_attacks.RUN_FILES)
     config = json.loads((run / "config.json").read_text())
     assert config["seed"] == 6 and config["torch"] == torch.__version__ and config["device"] == "cpu"
@@ -78,25 +91,10 @@ def test_a_run_leaves_what_it_promises(whole, name):
 
 
 @every_method
-def test_no_step_begins_in_no_grad(monkeypatch, tmp_path, name):
+def test_no_step_begins_in_no_grad(whole, name):
     """In older torch, autocast would keep the copies of the weights which that pass makes, without a graph."""
-    autocast, forward, first, begun = common.autocast, WideResNet.forward, [], []
-
-    def entered(args):
-        first.append(True)
-        return autocast(args)
-
-    def passed(self, *args, **kwargs):
-        if first:
-            begun.append(torch.is_grad_enabled())
-            first.clear()
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(common, "autocast", entered)
-    monkeypatch.setattr(WideResNet, "forward", passed)
-    flags = f"{SMALL} --limit-train 32 --batch-size 16 --epochs 1 --monitor 1 --out {tmp_path / 'run'}"
-    assert run_main(SCRIPTS[name], flags) == 0
-    assert len(begun) >= 2 and all(begun)
+    begun = whole(name)[2]
+    assert len(begun) >= 8 and all(begun)
 
 
 def test_a_script_is_train_fgsm_with_another_method():

@@ -5,8 +5,7 @@ LAP their weights. Follows the authors' code, whose weights go *down* the loss a
 
     python train_lap.py --eps 8
 
-Against train_n_fgsm.py: `nudge`, between the attack and the loss. The above is N-LAP; R-LAP is --noise 1 --alpha 1.25
---project, V-LAP --noise 0, each with its own --beta (docs/methods.md). No dropout, as in its code. Cost: 6 passes.
+Against train_n_fgsm.py: `nudge`, before the loss. No dropout, as in its code. R-LAP, V-LAP: docs/methods.md. 6 passes.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 56.0 / 34.0 / 30.5; eps 16: 40.8 / 22.2 / 17.0.
 """
 
@@ -55,12 +54,14 @@ def parse_args():
     parser.add_argument("--alpha", type=number(float, 0, 4), default=1.0, help="step size, in multiples of eps")
     parser.add_argument("--noise", type=number(float, 0, 4), default=2.0, help="start noise, in multiples of eps")
     parser.add_argument("--project", action="store_true", help="clip the images to the eps-ball")
-    default = "(default: N-LAP's at the nearest of eps 8, 12, 16, 32)"
-    parser.add_argument("--beta", type=number(float, 0), help=f"how far the weights move {default}")
+    parser.add_argument("--beta", type=number(float, 0), help="of the weights (default: N-LAP's at the nearest eps)")
     parser.add_argument("--ascend", action="store_true", help="move the weights up the loss")
     args = common.parse(parser)
     table = {8: 0.001, 12: 0.002, 16: 0.005, 32: 0.75}
-    args.beta = table[min(table, key=lambda eps: abs(eps - args.eps))] if args.beta is None else args.beta
+    nearest = min(table, key=lambda eps: abs(eps - args.eps))
+    if args.beta is None and (args.eps, args.noise) != (nearest, 2):
+        common.note(f"taking the authors' beta for eps {nearest} and --noise 2: they name none, or another, for these")
+    args.beta = table[nearest] if args.beta is None else args.beta
     return args
 
 

@@ -382,7 +382,8 @@ def test_elles_lambda_jumps_and_decays_as_by_hand():
      ("n_aaer", "--eps 16 --dataset cifar100", {"lambda_2": 6, "lambda_3": 0.5}),
      ("fgsm", "", {"epochs": 30, "batch_size": 128, "lr_max": 0.2}),
      ("lap", "--eps 8", {"beta": 0.001}), ("lap", "--eps 12", {"beta": 0.002}), ("lap", "--eps 16", {"beta": 0.005}),
-     ("lap", "--eps 25", {"beta": 0.75}), ("lap", "--eps 16 --beta 0.1", {"beta": 0.1}),
+     ("lap", "--eps 25", {"beta": 0.75}), ("lap", "--eps 9 --noise 0 --beta 0.1", {"beta": 0.1}),
+     ("lap", "--eps 8 --noise 0", {"beta": 0.001}),
      ("elle", "", {"elle_lambda": 4000}), ("elle", "--eps 16", {"elle_lambda": 4000}),
      ("elle", "--constant", {"elle_lambda": 1000}), ("elle", "--constant --eps 10", {"elle_lambda": 5000}),
      ("elle", "--constant --eps 20", {"elle_lambda": 5000}), ("elle", "--constant --eps 24", {"elle_lambda": 10000}),
@@ -392,8 +393,10 @@ def test_defaults_follow_eps_and_data_set(capsys, script, flags, expected):
     args = vars(parsed(SCRIPTS[script], flags))
     assert {key: args[key] for key in expected} == pytest.approx(expected)
     assert all((key in args["not_default"]) == (key.replace("_", "-") in flags) for key in expected)
-    note = "note: the authors name no lambdas for eps 13: taking those for eps 12\n"
-    assert capsys.readouterr().err == note * ("--eps 13" in flags)
+    note = "note: taking the authors' beta for eps {} and --noise 2: they name none, or another, for these\n"
+    notes = {"--eps 13 --lambda-2 0": "note: the authors name no lambdas for eps 13: taking those for eps 12\n"}
+    notes |= {"--eps 25": note.format(32), "--eps 8 --noise 0": note.format(8)}
+    assert capsys.readouterr().err == notes.get(flags, "")
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])

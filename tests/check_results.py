@@ -179,7 +179,7 @@ def test_early_collapses_are_what_the_pages_say():
     sound = [[epoch["test_pgd10"] for epoch in run] for run in runs if run[0]["alignment"] > 0.86]
     later = sum(pgd10[-1] < collapse_bound(pgd10) for pgd10 in sound)
     counts = f"Of the {len(runs)} runs in `cpu/runs` and `gpu/runs` {len(sound)} have an alignment of 0.86 or more"
-    assert f"{counts} after it. Of these {later} end collapsed" in whole
+    assert f"{counts} after the first epoch. Of these {later} end collapsed" in whole
     small = metrics("collapse/*")
     lost = [run[1]["alignment"] for run in small if run[-1]["test_pgd10"] < 10]
     kept = [run[1]["alignment"] for run in small if run[-1]["test_pgd10"] >= 10]

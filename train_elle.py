@@ -6,7 +6,7 @@ FGSM-GA. Its weight, lambda, is raised where the error jumps and decays elsewher
     python train_elle.py --eps 8
 
 Against train_fgsm.py: a forward pass of three points for each image, its penalty, and lambda's schedule in the loop.
-No dropout by default: with it, the penalty measures the noise of the masks, and training diverges (docs/methods.md).
+No dropout by default: with it, the penalty measures the noise of the masks, and small runs diverged (docs/methods.md).
 Its authors call optimizer.step() twice a batch, this script once. A step costs 14 passes: FGSM's 5, 9 for the three.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 56.0 / 33.8 / 30.2; eps 16: 39.7 / 22.3 / 18.3.
 """

@@ -6,7 +6,7 @@ in networks that are fooled half-way to the perturbation they were trained on, a
     python train_fgsm_ckpt.py --eps 8
 
 Against train_fgsm.py: FGSM-RS, then forward passes that choose how far each image goes. The gradient is taken in eval
-mode, as in its authors' code; of the others only NuAT does so. A step costs about 6.5 passes: FGSM's 5,
+mode, as in its authors' code; of the others only NuAT does so. A step costs 6 to 7.5 passes: FGSM's 5,
 one of the clean images, and some of those that are undecided.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 70.9 / 17.1 / 16.0; eps 16: 67.8 / 1.1 / 0.4.
 """

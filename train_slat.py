@@ -6,7 +6,7 @@ at every chosen layer. Each layer moves along sign(g_k) (eq. 4): a penalty on su
     python train_slat.py --eps 8 --layers 0,conv1,conv2
 
 Against train_fgsm.py: the method, its flags, and model(x_adv, delta=delta) in the loop. A step costs 5 passes, too.
-Input step, clamp, dropout: as in its authors' code. The paper: --input-step 1 --no-latent-clamp, dropout not stated.
+As in its authors' code: input step, dropout, a clamp. The paper: --input-step 1 --no-latent-clamp, dropout not stated.
 Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 53.2 / 31.6 / 27.4; eps 16: 35.7 / 21.6 / 18.4.
 """
 

@@ -55,7 +55,7 @@ SWEEPS = {
         for eps in (8, 16)
         for method, flags in (("slat", {}), *[("slat_hidden", {"hidden": way}) for way in ("predicted", "noise")])
     ],
-    "unstated": [  # what the paper does not mention: dropout, input step, clamp, momentum
+    "unstated": [  # what the paper's text lacks or has otherwise: dropout, input step, clamp, momentum
         ("slat", {}),
         ("slat", {"dropout": 0}),
         ("slat", {"input-step": 1.0}),

@@ -21,8 +21,9 @@ TRAIN = OMP_NUM_THREADS=1 $(PY) train_$$method.py --out runs/collapse/$$method -
 
 collapse: .venv/plot
 	@mkdir -p runs/collapse
-	@for method in $(OTHERS); do $(TRAIN) > runs/collapse/$$method.log 2>&1 & done; \
-		method=$(FIRST); $(TRAIN) || exit 1; wait; for method in $(OTHERS); do echo; grep -v "img/s" runs/collapse/$$method.log; done
+	@pids=; trap 'kill $$pids 2>/dev/null; exit 130' INT; \
+		for method in $(OTHERS); do $(TRAIN) > runs/collapse/$$method.log 2>&1 & pids="$$pids $$!"; done; \
+		method=$(FIRST); $(TRAIN) || { kill $$pids 2>/dev/null; exit 1; }; wait; for method in $(OTHERS); do echo; grep -v "img/s" runs/collapse/$$method.log; done
 	@echo; $(PY) -m paper.figures curves $(METHODS:%=runs/collapse/%) --out runs/collapse/curves
 
 demo: .venv/run

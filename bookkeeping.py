@@ -119,12 +119,12 @@ class Run:
 
     def _begin_epoch(self):
         """Sums over the epoch's steps; they stay on the device, so that the host need not wait for it."""
-        self.step = self.seen = self.loss = self.correct = 0
+        self.step = self.loss = self.correct = 0
         self.start = time.perf_counter()
 
     def log(self, loss, logits, y):
         """Count a step. Twice a second at most (in a file: every 20 seconds) the progress line fetches the sums."""
-        self.step, self.seen = self.step + 1, self.seen + len(y)
+        self.step += 1
         self.loss = self.loss + loss.detach()
         self.correct = self.correct + (logits.detach().argmax(1) == y).sum()
         if self.line.due():
@@ -133,17 +133,17 @@ class Run:
             left = ((epochs - self.epoch) * self.steps - self.step) / rate + (epochs - self.epoch) * between
             self.line.show(
                 f"epoch {self.epoch + 1}/{epochs} step {self.step}/{self.steps} "
-                f"loss {float(self.loss) / self.step:.3f} acc {100 * int(self.correct) / self.seen:.1f} "
+                f"loss {float(self.loss) / self.step:.3f} acc {100 * int(self.correct) / (self.step * len(y)):.1f} "
                 f"lr {self.optimizer.param_groups[0]['lr']:.3f} {rate * len(y):.0f} img/s {clock(left)} left"
             )
 
     def end_epoch(self):
         """Save the epoch, then measure it; or end the run if its loss or the weights are not finite."""
         loss = float(self.loss) / self.steps  # waits for the device
-        seconds = time.perf_counter() - self.start
-        lr, train_acc = self.optimizer.param_groups[0]["lr"], 100 * int(self.correct) / self.seen
+        seconds, seen = time.perf_counter() - self.start, self.steps * self.args.batch_size
+        lr, train_acc = self.optimizer.param_groups[0]["lr"], 100 * int(self.correct) / seen
         row = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps, "lr": lr, "loss": loss}
-        row |= {"train_acc": train_acc, "seconds": seconds, "images_per_second": self.seen / seconds}
+        row |= {"train_acc": train_acc, "seconds": seconds, "images_per_second": seen / seconds}
         if not all(tensor.isfinite().all() for tensor in (self.loss, *self.model.state_dict().values())):
             fail(f"loss or weights not finite in epoch {self.epoch + 1}, which is not saved: try a lower --lr-max", 1)
         self.epoch += 1

@@ -102,7 +102,7 @@ def has_bf16(device):
 
 
 def autocast(args):
-    """bfloat16 has the exponents of float32: no gradient underflows earlier, so no loss is scaled."""
+    """Run passes in bfloat16 if --precision says so. It has the exponents of float32, so no loss must be scaled."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
 
 

@@ -1,4 +1,4 @@
-"""The terminal and the disk: flag types, one-line errors, progress line, files. Nothing here can touch training."""
+"""The terminal and the disk: flag types, one-line errors, progress line, files. No training step depends on it."""
 
 import argparse
 import contextlib

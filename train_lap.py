@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
-from console import launch, number
+from console import launch, note, number
 from wrn import WideResNet
 
 
@@ -60,7 +60,7 @@ def parse_args():
     table = {8: 0.001, 12: 0.002, 16: 0.005, 32: 0.75}
     nearest = min(table, key=lambda eps: abs(eps - args.eps))
     if args.beta is None and (args.eps, args.noise) != (nearest, 2):
-        common.note(f"taking the authors' beta for eps {nearest} and --noise 2: they name none, or another, for these")
+        note(f"taking the authors' beta for eps {nearest} and --noise 2: they name none, or another, for these")
     args.beta = table[nearest] if args.beta is None else args.beta
     return args
 

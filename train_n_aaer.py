@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import common
 from bookkeeping import Run
-from console import launch, number
+from console import launch, note, number
 from wrn import WideResNet
 
 
@@ -61,7 +61,7 @@ def parse_args():
         table = {8: (1.5, 0.15), 12: (3.5, 0.3), 16: (6.0, 0.5), 32: (3.5, 0.5)}
     nearest = min(table, key=lambda eps: abs(eps - args.eps))
     if nearest != args.eps and None in (args.lambda_2, args.lambda_3):
-        common.note(f"the authors name no lambdas for eps {args.eps:g}: taking those for eps {nearest}")
+        note(f"the authors name no lambdas for eps {args.eps:g}: taking those for eps {nearest}")
     args.lambda_2 = table[nearest][0] if args.lambda_2 is None else args.lambda_2
     args.lambda_3 = table[nearest][1] if args.lambda_3 is None else args.lambda_3
     return args

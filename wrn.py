@@ -5,7 +5,7 @@
     logits = model(x, delta={"conv1": d1, "conv2": d2})   d is added to that layer's output
 
 Names: "0" the input, "conv1" the stem convolution, "conv2", "conv3", "conv4" the last block of each
-group. Normalisation is the first thing inside the network, so everything outside is in [0, 1].
+group (not a block's conv1 and conv2). Normalisation is the first thing inside the network: all outside is in [0, 1].
 """
 
 import torch
@@ -100,7 +100,7 @@ def compute_dtype(x):
 
 
 def dropout(x, p):
-    """F.dropout in train mode; on a CPU four decisions are drawn at once, which saves a third of a training step.
+    """F.dropout(x, p), and no more; the rest is speed on a CPU, a third of a training step: four decisions at once.
 
     There p is rounded to a multiple of 2^-16, and what is kept is scaled by 1 / (1 - that p).
     """

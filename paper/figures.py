@@ -123,7 +123,7 @@ def legend_below(figure, axis):
 
 def caption(figure, configs, ns, note=""):
     """The line above a figure: what was trained, how many images were attacked, and a note."""
-    text = paper.results.trained(configs, ns) + f" · {note}" * bool(note)
+    text = paper.results.heading(configs, ns) + f" · {note}" * bool(note)
     lines = textwrap.wrap(text.replace("$", r"\$"), int(14 * figure.get_figwidth()))
     figure.suptitle("\n".join(lines), fontsize=9, color="0.3")
 
@@ -251,12 +251,12 @@ def grad_norm(args):
 def linearity(args):
     """Mean |L(h_k + d) - L(h_k) - <grad, d>|, d = s sign(grad): the error of the model behind a single step.
 
-    For steps s up to eps; below, for shares of the mean of |h_k|, as BatchNorm makes the next layer blind to its scale.
+    For steps s up to eps; below, up to 5 % of the mean of |h_k|, as BatchNorm makes the next layer blind to its scale.
     """
-    names = args.layers
+    names = LAYERS[:3]
     size = (max(5, 2.7 * len(names)), 5.4)
     figure, axes = pyplot().subplots(2, len(names), figsize=size, squeeze=False, layout="constrained")
-    steps = [torch.linspace(0, top, args.points)[1:] for top in (args.eps, args.share)]
+    steps = [torch.linspace(0, top, args.points)[1:] for top in (args.eps, 5)]
     numbers = {"eps": steps[0].tolist(), "share": steps[1].tolist(), "error": {}, "error_of_share": {}}
     for label, style, model, x, y in networks(args):
         errors = torch.zeros(2, len(names), args.points - 1)
@@ -312,7 +312,7 @@ def told(args):
     """
     configs, numbers = [read_run(run) for run in args.runs], {}
     labels = [label.partition(", seed ")[0] for label, _ in legends(args.runs, configs)]
-    labels = [label.removeprefix("SLAT variant, ").replace("hidden ", "--hidden ") for label in labels]
+    labels = [label.replace("SLAT variant", "SLAT").replace("hidden ", "--hidden ") for label in labels]
     if any("dropout" in label for label in labels):  # then the default is worth a word, too
         labels = [f"{x}, dropout {c['dropout']:g}" if "dropout" not in x else x for x, c in zip(labels, configs)]
     rows = {label: row for row, label in enumerate(reversed(dict.fromkeys(labels)))}
@@ -375,7 +375,7 @@ def over_epochs(args):
     numbers, rings, lengths = {}, False, {config["epochs"] for config in configs}
     end = 1 if len(lengths) > 1 else max(lengths)
     for run, config, (label, style) in zip(args.runs, configs, legends(args.runs, configs)):
-        rows = read_json(Path(run) / "metrics.jsonl", {"epoch", "train_pgd10", *keys})
+        rows = read_json(Path(run) / "metrics.jsonl", {"epoch", "train_pgd10", "warning", *keys})
         if not rows:
             console.fail(f"{run}/metrics.jsonl is empty: no epoch has ended")
         # Free-AT and YOPO take fewer epochs than the others; then, as a fraction of all.
@@ -384,7 +384,8 @@ def over_epochs(args):
         n = min(config["monitor"], (config.get("data") or {"test": 10_000})["test"])
         numbers[label] = {"epochs": config["epochs"], "n": n, "best_epoch": rows[best]["epoch"]}
         numbers[label] |= {key: [row[key] for row in rows] for key in ("epoch", *keys)}
-        first = next((i for i, row in enumerate(rows) if row.get("warning")), None)
+        # Collapsed is what ends so: NuAT, for one, may be warned of early and recover.
+        first = next((i for i, row in enumerate(rows) if row["warning"]), None) if rows[-1]["warning"] else None
         for key, axis in zip(keys, axes):
             # Most cosines are near 1: the axis is logarithmic in what is missing to 1.
             values = numbers[label][key] if curves else [max(1 - cosine, 1e-3) for cosine in numbers[label][key]]
@@ -400,8 +401,8 @@ def over_epochs(args):
                 axis.plot(where[since], numbers[label]["test_fgsm"][since], ":", **style)
     if rings:
         axes[0].plot([], [], **RING, color="0.4", label="best epoch")
-        axes[0].plot([], [], ":", color="0.4", label="under FGSM, if collapsed") if curves else None
-    for axis, title in zip(axes, ("clean", "under PGD-10")):
+        axes[0].plot([], [], ":", color="0.4", label="FGSM instead of PGD-10, if collapsed") if curves else None
+    for axis, title in zip(axes, ("clean", "under attack: PGD-10")):
         axis.axvline(PEAK * end, color="0.6", linewidth=1, zorder=0)
         axis.set(xlabel="fraction of training" if end == 1 else "epoch", xlim=(0, 1.02 * end))
         if curves:
@@ -514,9 +515,6 @@ def main():
         if function in (landscape, told):
             what = "direction" if function is landscape else "classes"
             add("--seed", type=number(int, 0, 2**31), default=0, help=f"of the random {what} (default 0)")
-        if function is linearity:
-            add("--layers", type=console.names(LAYERS), default="0,conv1,conv2", help="default 0,conv1,conv2")
-            add("--share", type=number(float, 0), default=5, help="of the mean of |h|, in per cent (default 5)")
     args = parser.parse_args()
     named = {os.path.realpath(run): run for run in args.runs}
     if len(named) < len(args.runs):

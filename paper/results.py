@@ -152,7 +152,7 @@ def attacked_by(result):
     return ", ".join(texts)
 
 
-def trained(configs, ns):
+def heading(configs, ns):
     """In one line, for a caption: network, data, epochs, eps, images attacked and seeds of these runs."""
 
     def listed(values):

@@ -62,11 +62,10 @@ def main():
     torch.backends.cudnn.benchmark = False  # the undecided come in batches of every size: each would be timed anew
     torch.manual_seed(args.seed)
     data = common.load_data(args)
-    of_data = dict(num_classes=len(data.classes), mean=data.mean, std=data.std)
-    model = WideResNet(depth=args.depth, width=args.width, dropout=args.dropout, **of_data)
+    model = WideResNet(args.depth, args.width, len(data.classes), args.dropout, data.mean, data.std)
     model.to(args.device, memory_format=common.layout(args.device))
-    of_sgd = dict(momentum=0.9, weight_decay=args.weight_decay, fused=args.device.startswith("cuda"))
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr_max, **of_sgd)
+    weights, fused = model.parameters(), args.device.startswith("cuda")
+    optimizer = torch.optim.SGD(weights, lr=args.lr_max, momentum=0.9, weight_decay=args.weight_decay, fused=fused)
     run = Run(args, model, optimizer, data)
     eps, steps = args.eps / 255, data.steps(args.batch_size)
     for epoch in range(run.epoch, args.epochs):

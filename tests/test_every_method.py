@@ -230,7 +230,7 @@ def test_help_shows_every_flag_and_the_docstring_names_the_paper(cli, name):
     assert re.match(r"[^\n]+\n\n.*(arXiv:\d{4}\.\d{4,5}|https://proceedings)", SCRIPTS[name].__doc__, re.S)
 
 
-def shufflenet(*_, num_classes, **__):
+def shufflenet(depth, width, num_classes, *_):
     """For small images: at 1x1 its depthwise convolutions get random weight gradients in bfloat16 (torch 2.14, CPU)."""
     model = torchvision.models.shufflenet_v2_x0_5(num_classes=num_classes)
     model.conv1[0].stride, model.maxpool = 1, torch.nn.Identity()

@@ -28,7 +28,7 @@ from console import load_file
 from wrn import WideResNet
 
 torch.set_num_threads(1)
-torch.backends.mps.is_available = functools.cache(lambda: False)  # cached as the real one is, so that torch.compile treats it alike
+torch.backends.mps.is_available = functools.cache(lambda: False)  # cached, as the real one: for torch.compile
 TINY = "data/cifar10_tiny.npz"
 FOLDER = tempfile.TemporaryDirectory()
 atexit.register(FOLDER.cleanup)

@@ -59,8 +59,9 @@ PRECISIONS = {None: contextlib.nullcontext, "fp32": exact, "bf16": lambda d: tor
 
 
 def kind(value):
-    found = f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
-    return value if isinstance(value, numbers.Real) else found
+    if torch.is_tensor(value):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return value if isinstance(value, numbers.Real) else type(value).__name__
 
 
 def logits_at(model, point):
@@ -130,37 +131,38 @@ def pgd(model, x, y, eps, steps=50, restarts=10, step_size=None, random_start=Tr
 
     step_size: None is eps / 4. Restarts begin uniformly in the ball; random_start=False: at x.
     """
-    if step_size is not None and not 0 <= step_size <= 1:
-        raise ContractError(f"step_size must be in [0, 1], as images and eps are, such as 2 / 255, not {step_size}")
+    if step_size is not None and not (0 < step_size <= 1 or eps == 0):
+        raise ContractError(f"step_size must be in (0, 1], as images and eps are, such as 2 / 255, not {step_size}")
 
     def loop(b, point, steps):
         size = eps / 4 if step_size is None else step_size
         if point is None:
-            point = (b.x + eps * b.noise(*b.x.shape[1:])).clamp(b.low, b.high) if random_start else b.x
+            point = (b.x + eps * b.noise()).clamp(b.low, b.high) if random_start else b.x
         for _ in range(steps):
             logits, _, gradient = ascend(model, point, cross_entropy, b.y)
             yield point, logits, point
             point = (point + size * gradient.sign()).clamp(b.low, b.high)
 
-    return run(model, x, y, eps, loop, steps + 1, restarts, False, **options)  # the last point is judged too
+    # The last point is judged too.
+    return run(model, x, y, eps, loop, steps and steps + 1, restarts, False, **options)
 
 
 def apgd(model, x, y, eps, loss="ce", steps=100, restarts=1, targets=9, **options):
     """Auto-PGD (Croce & Hein 2020, arXiv:2003.01690, Algorithm 1): momentum, and steps that halve by themselves.
 
-    loss: "ce", "dlr" or "dlr-targeted": no restarts, but one trial for each of the `targets` highest wrong classes.
+    loss: "ce" or "dlr"; or "dlr-targeted": one trial for each of the `targets` highest wrong classes, and no restarts.
     """
     targeted, loss = loss == "dlr-targeted", {"ce": cross_entropy, "dlr": dlr, "dlr-targeted": dlr}[loss]
 
     def loop(b, best, steps):
-        size = eps / 4
+        size = eps / 4  # where it goes on after a search in bfloat16
         if best is None:
-            t, size = b.noise(*b.x.shape[1:]), 2 * eps
+            t, size = b.noise(), 2 * eps
             best = (b.x + eps * (t / t.abs().amax((1, 2, 3), keepdim=True))).clamp(b.low, b.high)
         point, previous, best_gradient = best, best, torch.zeros_like(best)
-        size, previous_loss = (torch.full_like(best[:, 0, 0, 0], value) for value in (size, math.inf))
-        best_loss = loss_then = -previous_loss  # loss_then: best_loss at the last checkpoint
-        raised, halved = torch.zeros_like(b.y), torch.ones_like(b.y, dtype=torch.bool)
+        previous_loss, best_loss = math.inf, -math.inf
+        raised, halved, loss_then = 0, torch.zeros_like(b.y, dtype=torch.bool), best_loss  # as at the last checkpoint
+        size = torch.full_like(best[:, :1, :1, :1], size)
         window = checkpoint = max(int(0.22 * (steps - 1)), 1)
         for i in range(steps):
             logits, value, gradient = ascend(model, point, loss, b.y, b.target)
@@ -171,17 +173,17 @@ def apgd(model, x, y, eps, loss="ce", steps=100, restarts=1, targets=9, **option
             yield point, logits, best
             if i == checkpoint:
                 halved = (raised < 0.75 * window) | (~halved & (best_loss <= loss_then))
-                size, value = torch.where(halved, size / 2, size), torch.where(halved, best_loss, value)
+                size, value = pick(halved, size / 2, size), torch.where(halved, best_loss, value)
                 point, gradient = pick(halved, best, point), pick(halved, best_gradient, gradient)
-                raised, loss_then = torch.zeros_like(raised), best_loss
+                raised, loss_then = 0, best_loss
                 window = max(window - max(int(0.03 * (steps - 1)), 1), max(int(0.06 * (steps - 1)), 1))
                 checkpoint += window
-            z = (point + size.view(-1, 1, 1, 1) * gradient.sign()).clamp(b.low, b.high)
+            z = (point + size * gradient.sign()).clamp(b.low, b.high)
             a = 0.75 if i else 1.0  # the first step has no momentum
             moved = point + a * (z - point) + (1 - a) * (point - previous)
             previous, previous_loss, point = point, value, moved.clamp(b.low, b.high)
 
-    return run(model, x, y, eps, loop, steps + 1, targets if targeted else restarts, targeted, **options)
+    return run(model, x, y, eps, loop, steps and steps + 1, targets if targeted else restarts, targeted, **options)
 
 
 def project_to_plane(point, w, gap):
@@ -233,7 +235,8 @@ def fab(model, x, y, eps, steps=100, targets=9, alpha_max=0.1, eta=1.05, beta=0.
 def square(model, x, y, eps, queries=5000, p=0.8, restarts=1, **options):
     """Square attack (Andriushchenko et al. 2020, arXiv:1912.00049, Algorithms 1 and 2): random search, no gradients.
 
-    From vertical stripes of +-eps, each query sets a square, a share p of the image, to +-eps if the margin then rises.
+    From vertical stripes of +-eps, each query sets a square to +-eps if the margin then rises: a share p of the image,
+    halved after 10, 50, 200, ... queries.
     """
 
     def loop(b, best, steps):
@@ -265,7 +268,7 @@ def autoattack(model, x, y, eps, batch_size=0, seed=0, precision=None, before=()
     """Standard AutoAttack (Croce & Hein 2020, arXiv:2003.01690): four attacks, each on what is still unbroken."""
     options = {"batch_size": batch_size, "seed": seed, "precision": precision, "report": report}
     found = apgd(model, x, y, eps, "ce", before=before, **options)
-    for sentence in check_network(model, x, y, eps, batch_size):  # warn() would do so only once
+    for sentence in check_network(model, x, y, eps, batch_size):  # warnings.warn shows a sentence only once
         warnings.warn_explicit(sentence, UserWarning, "eval_attacks.py", 0)
     found = apgd(model, x, y, eps, "dlr-targeted", before=found, **options)
     found = fab(model, x, y, eps, before=found, **options)
@@ -289,8 +292,9 @@ def pick(mask, a, b):
 
 
 def noise(like, images, seed, trial, *shape):
-    """Uniform in [-1, 1], (B, *shape): of seed, trial and an image's index only, whatever else is attacked."""
+    """Uniform in [-1, 1], (B, *shape) or like: of seed, trial and an image's index only, whatever else is attacked."""
     seeds = [((seed * 1_000_003 + trial) * 1_000_003 + image) % 2**63 for image in images.tolist()]
+    shape = shape or like.shape[1:]
     parts = [torch.rand(shape, generator=torch.Generator().manual_seed(s), device="cpu") for s in seeds]
     return torch.stack(parts).to(like) * 2 - 1
 
@@ -307,7 +311,7 @@ def run(model, x, y, eps, loop, steps, trials, targeted, batch_size=0, seed=0, p
     Returns robust, (N,) bool, and x_adv, (N, C, H, W): a misclassified point, or the strongest of the last trial.
 
     loop(b, best, steps): the attack, a generator of (point to judge, its logits, strongest point so far, PGD's and
-    FAB's being the last). best: that of the search in bfloat16, or None. b: x, y, target, noise(*shape), low and high.
+    FAB's being the last). best: that of the search in bfloat16, or None. b: x, y, target, seed, noise(), low, high.
     """
     if min(trials, steps) < 1:
         raise ContractError("restarts, targets, steps and queries must be at least 1: one restart is one run")
@@ -330,7 +334,7 @@ def run(model, x, y, eps, loop, steps, trials, targeted, batch_size=0, seed=0, p
             unbroken, best = torch.ones_like(images, dtype=torch.bool), None
             for search_precision, iterations in ((precision, range(steps)), ("fp32", range(steps, total))):
                 with PRECISIONS[search_precision](device):
-                    for i, found in zip(iterations, loop(b, best, len(iterations))):
+                    for i, found in zip(iterations if unbroken.any() else (), loop(b, best, len(iterations))):
                         point, logits, best = found
                         hit = (unbroken & misclassified(logits, b.y)).nonzero().flatten()
                         if len(hit):  # only these: without TF32, float32 costs a GPU many times what bfloat16 does
@@ -396,19 +400,20 @@ def checked(model, x, y, eps, batch_size=0):
 
 
 @torch.inference_mode(False)
-def check_network(model, x, y, eps, batch_size=0, count=250):
-    """Reasons to distrust what any attack finds on this network, a list of sentences; x, y: some images."""
+def check_network(model, x, y, eps, batch_size=0):
+    """Reasons to distrust what any attack finds on this network, a list of sentences; x, y: images, 250 are used."""
     found = []
     try:
-        x, y, logits = checked(model, x[:count], y[:count], eps, batch_size)
+        x, y, logits = checked(model, x[:250], y[:250], eps, batch_size)
         right, chance = logits.argmax(1) == y, 1 / logits.shape[1]
         share = int(right.sum()) / len(right)
         if len(x) >= 50 and share < chance + 3 * math.sqrt(chance / len(x)):  # 3 standard deviations
             found.append(f"{100 * share:.0f} % of {len(x)} images are right, as by chance: check weights and labels")
         if logits.min() >= 0 and logits.max() <= 1:
             found.append("the outputs lie in [0, 1], like probabilities: remove the softmax or sigmoid at the end")
-        point = (x + eps / 2 * noise(x, y.new_tensor(range(len(x))), 0, 0, *x.shape[1:])).clamp(0, 1)
-        parts = list(zip(*(v.split(batch_size or 64) for v in (point, y))))
+        point = (x + eps / 2 * noise(x, torch.arange(len(x), device=x.device), 0, 0)).clamp(0, 1)
+        size = batch_size or BATCH_SIZE[x.device.type]
+        parts = list(zip(point.split(size), y.split(size)))
         for loss in (cross_entropy, margin):
             gradient = torch.cat([ascend(model, part, loss, label)[2] for part, label in parts]).flatten(1)
             if zero := int(((gradient == 0).all(1) & right).sum()):
@@ -492,8 +497,8 @@ def parse_args():
     args.training = training_of(folder) if args.run else {}
     args.eps = args.training.get("eps", 8.0) if args.eps is None else args.eps
     args.dataset = args.dataset or args.training.get("dataset")
-    outputs = {"--state": args.state, "--json": args.json, "--save-adv": args.save_adv}
-    console.check_outputs(outputs, filter(None, [*inputs, args.dataset]))
+    files = {"--state": args.state, "--json": args.json, "--save-adv": args.save_adv}
+    console.check_outputs(files, filter(None, [*inputs, args.dataset]))
     if 0 < args.eps < 1:
         console.note(f"--eps {args.eps:g} is in units of 1/255")
     args.device = common.find_device(args.device)
@@ -510,7 +515,7 @@ def training_of(folder):
         if not (0 <= training["eps"] <= 255 and isinstance(training["dataset"], str)):
             raise ValueError
     except (ValueError, TypeError, LookupError):
-        raise ContractError(f"{config} is damaged, or not that of a run: no eps or no data set") from None
+        console.fail(f"{config} is damaged, or not that of a run: no eps or no data set")
     try:
         rows = console.load_json(metrics) if metrics.exists() else []
         log = {"seconds": sum(row["seconds"] for row in rows), "last_epoch": rows[-1]} if rows else log
@@ -575,7 +580,7 @@ def load_network(args):
 def load_weights(model, content, path):
     """Of a state_dict or a checkpoint that holds one; DataParallel and torch.compile put prefixes before its names."""
     if not isinstance(model, torch.nn.Module):
-        raise ContractError(f"--weights {path}: the network is {kind(model)}, which loads its weights itself")
+        console.fail(f"--weights {path}: the network is {kind(model)}, which loads its weights itself")
     for key in ("state_dict", "model_state_dict", "model", "net"):
         content = content[key] if isinstance(content.get(key), dict) else content
     if content.keys() != model.state_dict().keys():
@@ -583,7 +588,7 @@ def load_weights(model, content, path):
     try:
         model.load_state_dict(content)
     except RuntimeError as error:  # weights that are missing, too many or of other shapes
-        raise ContractError(f"{path} does not fit the network: {' '.join(str(error).split())[:300]}") from None
+        console.fail(f"{path} does not fit the network: {' '.join(str(error).split())[:300]}")
 
 
 def load_state(args, model, x, y, clean):
@@ -602,7 +607,7 @@ def load_state(args, model, x, y, clean):
         before = state.get("settings", {}).get(key)
         if before != value:
             reason = f"{args.state} belongs to another evaluation ({key} was {before} there and is {value} now)"
-            raise ContractError(f"{reason}: delete it, or name another file")
+            console.fail(f"{reason}: delete it, or name another file")
     masks = {label: mask.to(x.device) for label, mask in state["masks"].items()}
     return state | {"masks": masks, "x_adv": state["x_adv"].to(x.device)}
 
@@ -709,10 +714,6 @@ def main():
         evaluate(args)
     except ContractError as error:
         console.fail(error)
-    except RuntimeError as error:
-        if "TorchScript interpreter" not in str(error):
-            raise
-        console.fail(f"the TorchScript network fails on a batch: {str(error).strip().splitlines()[-1]}")
     except KeyboardInterrupt:
         more = f": the same command goes on from {args.state}" if args.state else ""
         console.fail(f"interrupted{more}", 130)

@@ -288,11 +288,9 @@ def test_rounding_fools_gradients_but_neither_square_nor_the_checks(trained):
         """Steps of 1/16 before the network: the gradient is zero nearly everywhere."""
         return model((images * 16).round() / 16)
 
-    survivors = {name: ATTACKS[name](rounded, x, y, EPS, **SHORT[name])[0] for name in ("pgd", "fab-t")}
-    survivors["square"] = eval_attacks.square(rounded, x, y, EPS, queries=200)[0]
-    assert survivors["square"].sum() < survivors["pgd"].sum() - 3
+    by_pgd = ATTACKS["pgd"](rounded, x, y, EPS, **SHORT["pgd"])[0]
+    assert eval_attacks.square(rounded, x, y, EPS, queries=200)[0].sum() < by_pgd.sum() - 3
     assert any("cross_entropy is exactly zero" in line for line in check_network(rounded, x, y, EPS))
-    assert (predict(rounded, x) == y).sum() > survivors["square"].sum()
 
 
 def test_the_checks_of_a_network(trained):

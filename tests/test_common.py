@@ -93,7 +93,7 @@ def test_monitor_counts_fgsm_plainly():
         return two(torch.where(shift.abs() > 0.02, -shift * 100, shift))
 
     result = bookkeeping.monitor(leaky, x, y, 8 / 255, 25)
-    assert result["fgsm"] == 100 and result["clean"] == 50 and result["pgd10"] < 50.1
+    assert result["fgsm"] == 100 and result["clean"] == 50
 
 
 def test_monitor_is_fgsm_and_pgd_10(trained):

@@ -4,13 +4,10 @@ import io
 import json
 import os
 import pickle
-import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -40,52 +37,6 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert run_main(train_fgsm, f"{FINISHED} --out {folder}") == 0
     return folder
-
-
-class SlowFile(io.FileIO):
-    """A file whose content arrives in pieces, so that many a kill lands inside a write."""
-
-    def write(self, content):
-        for i in range(8):
-            super().write(content[i * len(content) // 8 : (i + 1) * len(content) // 8])
-            time.sleep(0.002)
-
-
-def forked(arguments, seconds=600):
-    """Train SLAT in a fork of this process, which has torch imported, and kill it after so long: did it end well?"""
-    pid, code, end = os.fork(), 1, time.monotonic() + seconds
-    if not pid:
-        try:
-            console.open = SlowFile
-            code = run_main(train_slat, arguments)
-        finally:
-            os._exit(code)
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            assert os.waitstatus_to_exitcode(status) == 0, arguments
-            return True
-        time.sleep(0.003)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return False
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
-def test_random_kills(tmp_path):
-    """As if never killed, bit for bit, with no epoch missing or doubled. For more: KILLS=50 pytest -k random_kills."""
-    flags = f"{SMALL} --epochs 4 --limit-train 64 --out {{0}}"
-    dice, kills, seed = random.Random(0), 0, 0
-    while kills < int(os.environ.get("KILLS", "2")):
-        whole, killed, seed, start = tmp_path / f"{seed}", tmp_path / f"killed{seed}", seed + 1, time.monotonic()
-        assert forked(f"{flags.format(whole)} --seed {seed}")
-        longest, resume = 0.7 * (time.monotonic() - start), ""
-        while not forked(f"{flags.format(killed)} --seed {seed} {resume}", dice.uniform(0.02, longest)):
-            kills, longest = kills + 1, longest * 1.05  # a machine that has become slow gets on
-            resume = "--resume" * (killed / "config.json").exists()
-        assert not list(killed.glob("*.new")), "a half-written file is left"
-        assert_same_run(whole, killed)
-        assert [row["epoch"] for row in rows(killed)] == [1, 2, 3, 4]
 
 
 def test_deterministic_algorithms_are_asked_for(cli, tmp_path, monkeypatch):
@@ -132,9 +83,11 @@ def test_a_fault_loses_the_epoch_in_hand(
         patch.setattr(owner, name, fail)
         refused(train_fgsm, flags, message.format(run=run), code=code)
     assert not list(run.glob("*.new"))
+    (run / "checkpoint.pt.new").write_bytes(b"half")  # as SIGKILL leaves it
     assert saved == (len(load_file(run / "checkpoint.pt")["rows"]) if (run / "checkpoint.pt").exists() else 0)
     assert cli(train_fgsm, f"{flags} --resume")[0] == 0
     assert_same_run(finished, run)
+    assert not list(run.glob("*.new"))
 
 
 def test_the_accuracies_need_no_more_memory_than_training(cli, tmp_path, monkeypatch):

@@ -59,9 +59,8 @@ PRECISIONS = {None: contextlib.nullcontext, "fp32": exact, "bf16": lambda d: tor
 
 
 def kind(value):
-    if torch.is_tensor(value):
-        return f"{value.dtype} {tuple(value.shape)}"
-    return value if isinstance(value, numbers.Real) else type(value).__name__
+    found = f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+    return value if isinstance(value, numbers.Real) else found
 
 
 def logits_at(model, point):
@@ -143,8 +142,7 @@ def pgd(model, x, y, eps, steps=50, restarts=10, step_size=None, random_start=Tr
             yield point, logits, point
             point = (point + size * gradient.sign()).clamp(b.low, b.high)
 
-    # The last point is judged too.
-    return run(model, x, y, eps, loop, steps and steps + 1, restarts, False, **options)
+    return run(model, x, y, eps, loop, steps and steps + 1, restarts, False, **options)  # judges the last point too
 
 
 def apgd(model, x, y, eps, loss="ce", steps=100, restarts=1, targets=9, **options):
@@ -293,9 +291,8 @@ def pick(mask, a, b):
 
 def noise(like, images, seed, trial, *shape):
     """Uniform in [-1, 1], (B, *shape) or like: of seed, trial and an image's index only, whatever else is attacked."""
-    seeds = [((seed * 1_000_003 + trial) * 1_000_003 + image) % 2**63 for image in images.tolist()]
-    shape = shape or like.shape[1:]
-    parts = [torch.rand(shape, generator=torch.Generator().manual_seed(s), device="cpu") for s in seeds]
+    shape, seeds = shape or like.shape[1:], [(seed * 1_000_003 + trial) * 1_000_003 + i for i in images.tolist()]
+    parts = [torch.rand(shape, generator=torch.Generator().manual_seed(s % 2**63), device="cpu") for s in seeds]
     return torch.stack(parts).to(like) * 2 - 1
 
 
@@ -412,10 +409,9 @@ def check_network(model, x, y, eps, batch_size=0):
         if logits.min() >= 0 and logits.max() <= 1:
             found.append("the outputs lie in [0, 1], like probabilities: remove the softmax or sigmoid at the end")
         point = (x + eps / 2 * noise(x, torch.arange(len(x), device=x.device), 0, 0)).clamp(0, 1)
-        size = batch_size or BATCH_SIZE[x.device.type]
-        parts = list(zip(point.split(size), y.split(size)))
+        parts = [v.split(batch_size or BATCH_SIZE[x.device.type]) for v in (point, y)]
         for loss in (cross_entropy, margin):
-            gradient = torch.cat([ascend(model, part, loss, label)[2] for part, label in parts]).flatten(1)
+            gradient = torch.cat([ascend(model, part, loss, label)[2] for part, label in zip(*parts)]).flatten(1)
             if zero := int(((gradient == 0).all(1) & right).sum()):
                 found.append(f"the gradient of the {loss.__name__} is exactly zero at {zero} of {len(x)} images")
     except ContractError as error:

@@ -7,7 +7,7 @@ at every chosen layer. Each layer moves along sign(g_k) (eq. 4): a penalty on su
 
 Against train_fgsm.py: the method, its flags, and model(x_adv, delta=delta) in the loop. A step costs 5 passes, too.
 As in its authors' code: input step, dropout, a clamp. The paper: --input-step 1 --no-latent-clamp, dropout not stated.
-Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 53.2 / 31.6 / 27.4; eps 16: 35.7 / 21.6 / 18.4.
+Result, WRN-10-2, 8 epochs (clean / PGD-50-10 / AutoAttack, %): eps 8: 53.2 / 31.6 / 27.4; eps 16: 35.6 / 22.0 / 18.4.
 """
 
 import argparse

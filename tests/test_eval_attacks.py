@@ -746,11 +746,13 @@ def test_weights_that_do_not_fit(refused, net, tmp_path, content, message):
     refused(eval_attacks, f"{net} --weights {tmp_path / 'w.pt'}", message)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize("name", ["function", "viewing", "script", "frozen", "module"])
 def test_other_kinds_of_networks(cli, net, tmp_path, name):
     assert not result(cli, net.replace("make_model", name), tmp_path / "r.json")[2]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_a_state_knows_weights_that_are_nowhere_to_be_seen(cli, net, tmp_path):
     """Those of a plain function, and constants of a frozen TorchScript module."""
     for name in ("function", "frozen"):

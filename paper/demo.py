@@ -78,8 +78,8 @@ def verdict(name, clean, one_step, fifty):
         lines = [first, "off the very step that should mislead it: label leaking."]
     else:
         lines = [f"{name}: {one_step:.0f} % right on FGSM images, {clean:.0f} % on clean ones: no label leaking."]
-    collapsed = "catastrophic overfitting"
-    return [*lines, f"Many small steps leave {fifty:.0f} %: {collapsed if collapsed in found else 'not collapsed'}."]
+    end = "catastrophic overfitting" if "catastrophic overfitting" in found else "not collapsed"
+    return [*lines, f"Many small steps leave {fifty:.0f} %: {end}."]
 
 
 def main():

@@ -12,7 +12,7 @@ python -m paper.figures curves $G/{fgsm,slat}_wrn16-8_epochs30_eps8_seed0 --out 
 python -m paper.figures curves $G/{fgsm,slat}_wrn28-10_epochs30_eps8_seed0 --out $F/curves-wrn28-10
 python -m paper.figures alignment $G/{fgsm,slat}_wrn28-10_epochs30_eps8_seed0 --out $F/alignment-wrn28-10
 python -m paper.figures alignment $R/{slat,fgsm,fgsm_rs,n_fgsm,zero_grad,n_aaer,fgsm_ckpt}_${S}_eps16_seed0 --out $F/alignment-eps16
-python -m paper.figures alignment $R/{fgsm,slat}_${S}_eps16_seed0 results/first/slat_${S}_eps16_dropout-0_seed0 --out $F/two-collapses
+python -m paper.figures alignment $R/{fgsm_${S}_eps16,slat_${S}_eps16,slat_${S}_eps16_dropout-0}_seed0 --out $F/two-collapses
 python -m paper.figures eps $N/{slat,fgsm,fgsm_rs,n_fgsm,fgsm_ckpt}_${S}_eps{4,8,12,16}{,_precision-fp32}_seed*.json --out $F/eps
 python -m paper.figures eta $N/slat_${S}_eps8_{seed0,input-step-1.0_seed0,eta-*_seed0}.json --out $F/eta
 python -m paper.figures dropout $N/{slat,fgsm}_${S}_eps8_{,dropout-*_}seed*.json --out $F/dropout
